@@ -1,0 +1,309 @@
+"""The run configuration: what the user writes in YAML, checked before anything heavy is imported or loaded.
+
+Every mistake becomes one `UserError` line that names the key, the value, what is allowed and the nearest valid
+name. `load_config` reads and validates the shape; `harness.preflight` looks at the files that it names.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from harness.errors import UserError
+from harness.resources import find
+
+
+class Strict(BaseModel):
+    """A block of the configuration: exact types, no unknown keys, immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+Block = TypeVar("Block", bound=BaseModel)
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ModelConfig(Strict):
+    """The base model."""
+
+    path: str
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    quantization: Literal["none"] = "none"
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+
+
+class SourceConfig(Strict):
+    """One data set: a hub id, a local directory, or a local .jsonl, .json or .parquet file."""
+
+    path: str
+    split: str = "train"
+    prompt: str
+    response: str | None = None
+    template: str = "none"
+    samples: PositiveInt = 256  # rows drawn when statistics are taken from this source
+
+
+class DataConfig(Strict):
+    """What to learn (`train`) and what to keep (`preserve`)."""
+
+    train: SourceConfig
+    preserve: SourceConfig | None = None
+    max_length: PositiveInt = 512
+
+
+class AnchorConfig(Strict):
+    """The anchor: `kl` (β) times the KL divergence from the original model on a few preserve prompts a step."""
+
+    kl: NonNegativeFloat = 1.0
+    prompts_per_step: PositiveInt = 4
+
+
+class TrainConfig(Strict):
+    """Optimisation. `batch_size` is global: over all ranks and accumulation steps."""
+
+    deepspeed: str = "ds_configs/zero2.json"
+    ranks: PositiveInt | Literal["auto"] = "auto"
+    epochs: PositiveFloat = 1.0
+    max_steps: PositiveInt | None = None
+    batch_size: PositiveInt = 128
+    micro_batch_size: PositiveInt | None = None
+    learning_rate: PositiveFloat = 2.0e-5
+    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: NonNegativeFloat = 1.0
+    gradient_checkpointing: bool = False
+    seed: Annotated[int, Field(ge=0)] = 0
+    log_steps: PositiveInt = 10
+    save_steps: PositiveInt = 500
+    preserve_loss_steps: PositiveInt | None = None
+    preserve_loss_samples: PositiveInt = 64
+
+
+class EvalConfig(Strict):
+    """Which tasks say what was kept (`knowledge`) and what was learned (`task`)."""
+
+    backend: Literal["vllm", "hf"] = "vllm"
+    knowledge: list[str] = []
+    task: list[str] = []
+    checkpoints: bool = False
+    limit: PositiveInt | None = None
+    batch_size: PositiveInt = 64
+    data_dir: str | None = None
+    include_path: str | None = None
+    full_fine_tuning: str | None = None
+
+
+class RunConfig(Strict):
+    """A whole run. `method` and each entry of `penalties` are validated by the class that they name."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    model: ModelConfig
+    data: DataConfig
+    method: dict[str, Any]
+    anchor: AnchorConfig | None = None
+    penalties: list[dict[str, Any]] = []
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    output_dir: str = "runs"
+
+    @model_validator(mode="after")
+    def _method_is_named(self) -> "RunConfig":
+        if not isinstance(self.method.get("name"), str):
+            raise ValueError("method.name is missing: name a method, for example `method: {name: lora}`")
+        return self
+
+    @property
+    def run_directory(self) -> Path:
+        """The folder of this run: ``<output_dir>/<name>``."""
+        return Path(self.output_dir) / self.name
+
+    def dump(self) -> str:
+        """The resolved configuration as YAML; loading it again gives the same run."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read the YAML file ``path``, apply ``key.subkey=value`` overrides, validate, make local paths absolute.
+
+    Raises:
+        UserError: the file is missing or not YAML, a key is unknown, a type or value is wrong.
+    """
+    if not path.is_file():
+        raise UserError(f"config: {path}: no such file; give the path of a YAML file (see launch/recipes)")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config: {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"config: {path}: a mapping of keys is expected, got {type(content).__name__}")
+    for override in overrides or []:
+        _apply(content, override)
+    return resolve(content, path.parent)
+
+
+def resolve(content: dict[str, Any], folder: Path | None = None) -> RunConfig:
+    """Validate a configuration given as nested dictionaries; ``folder`` is where its relative paths start."""
+    config = validate(RunConfig, content)
+    method = _complete(config.method, "method")
+    penalties = [_complete(penalty, f"penalties.{i}") for i, penalty in enumerate(config.penalties)]
+    update: dict[str, Any] = {"method": method, "penalties": penalties}
+    update["model"] = config.model.model_copy(update={"path": _local(config.model.path, folder)})
+    sources = {
+        key: source.model_copy(update={"path": _local(source.path, folder)})
+        for key, source in (("train", config.data.train), ("preserve", config.data.preserve))
+        if source is not None
+    }
+    update["data"] = config.data.model_copy(update=sources)
+    try:
+        deepspeed = str(find(config.train.deepspeed, folder))
+    except FileNotFoundError as error:
+        known = sorted(file.name for file in find("ds_configs").glob("*.json"))
+        raise UserError(f"train.deepspeed: {error}; shipped: {', '.join('ds_configs/' + n for n in known)}") from error
+    update["train"] = config.train.model_copy(update={"deepspeed": deepspeed})
+    places = {
+        key: _existing(f"eval.{key}", value, folder)
+        for key in ("data_dir", "include_path", "full_fine_tuning")
+        if (value := getattr(config.eval, key)) is not None
+    }
+    update["eval"] = config.eval.model_copy(update=places)
+    update["output_dir"] = str(Path(config.output_dir).expanduser().absolute())
+    return config.model_copy(update=update)
+
+
+def validate(model: type[Block], values: Any, prefix: str = "") -> Block:
+    """Validate ``values`` against ``model``; the first problem becomes a `UserError` naming the dotted key."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(model, error.errors(), prefix)) from error
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """``; did you mean 'x'?`` for the closest of ``known``, else an empty string."""
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def _explain(model: type[BaseModel], problems: list[Any], prefix: str) -> str:
+    problem = problems[0]
+    names = _names(problem)
+    key = ".".join([*filter(None, [prefix]), *names])
+    given = problem["input"]
+    if problem["type"] == "extra_forbidden":
+        known = sorted(_fields_at(model, names[:-1]))
+        return f"{key}: unknown key (given {given!r}); allowed here: {', '.join(known)}{nearest(names[-1], known)}"
+    if problem["type"] == "invalid_key":
+        return f"{key}: the key {given!r} is not text; YAML reads on, off, yes, no and null as values: quote it"
+    if problem["type"] == "missing":
+        return f"{key}: missing; add it to the configuration"
+    if problem["type"] == "value_error" and not key:
+        return str(problem["ctx"]["error"])
+    # A union reports what each of its members wanted.
+    expected = " or ".join(dict.fromkeys(_expected(other) for other in problems if _names(other) == names))
+    hint = ""
+    if problem["type"] == "literal_error" and isinstance(given, str):
+        hint = nearest(given, re.findall(r"'([^']+)'", expected))
+    return f"{key}: {given!r} given; allowed: {expected}{hint}"
+
+
+def _names(problem: Any) -> list[str]:
+    """The dotted key of a problem, in parts."""
+    if problem["type"] in ("extra_forbidden", "invalid_key"):
+        return [str(part) for part in problem["loc"]]
+    # Unions add the names of their members to the location; a dotted key has only field names and list indices.
+    location = [part for part in problem["loc"] if isinstance(part, int) or re.fullmatch(r"[a-z_]\w*", str(part))]
+    branches = {"int", "float", "str", "bool", "list", "literal"}
+    return [str(part) for part in location if isinstance(part, int) or part not in branches]
+
+
+def _expected(problem: Any) -> str:
+    if problem["type"] in ("model_type", "dict_type"):
+        return "a mapping of keys"
+    return (
+        problem["msg"]
+        .removeprefix("Input should be ")
+        .removeprefix("Value error, ")
+        .replace("a valid integer", "an integer")
+        .replace("a valid ", "a ")
+    )
+
+
+def _fields_at(model: type[BaseModel], names: list[str]) -> list[str]:
+    for name in names:
+        if name.isdigit():
+            continue
+        field = model.model_fields[name].annotation
+        candidates = [field, *getattr(field, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)
+
+
+def _complete(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """Validate the options of a method or penalty with its own class, defaults filled in."""
+    from harness.methods.registry import method_class
+    from harness.training.penalties.registry import penalty_class
+
+    lookup = method_class if key == "method" else penalty_class
+    name = values.get("name")
+    if not isinstance(name, str):
+        raise UserError(f"{key}.name: missing; every entry names what it configures")
+    options = validate(lookup(name).Options, {k: v for k, v in values.items() if k != "name"}, key)
+    return {"name": name, **options.model_dump(mode="json")}
+
+
+def _local(path: str, folder: Path | None) -> str:
+    """An absolute path where ``path`` is a local file or folder, else ``path`` itself (a hub id)."""
+    try:
+        return str(find(path, folder))
+    except FileNotFoundError:
+        return path
+
+
+def _existing(key: str, path: str, folder: Path | None) -> str:
+    try:
+        return str(find(path, folder))
+    except FileNotFoundError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.split(".")
+    if not separator or not all(parts):
+        raise UserError(f"override: {override!r} given; write key.subkey=value, for example train.seed=1")
+    try:
+        value = yaml.load(text, Loader=_Loader) if text else None
+    except yaml.YAMLError as error:
+        raise UserError(f"{key}: {text!r} is not valid YAML; quote it if it is text") from error
+    place = content
+    for part in parts[:-1]:
+        if place.get(part) is None:
+            place[part] = {}
+        place = place[part]
+        if not isinstance(place, dict):
+            raise UserError(f"{key}: {part!r} holds {place!r}, which has no keys of its own")
+    place[parts[-1]] = value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: `2e-5` is a number (YAML 1.1 asks for `2.0e-5`), and a key stands once."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.YAMLError(f"the key '{key.value}' stands twice (again in line {key.start_mark.line + 1})")
+            seen.add(str(key.value))
+        return node
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)

@@ -1,0 +1,52 @@
+"""Loading a base model and its tokenizer through transformers, from safetensors, without remote code."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from harness.config import ModelConfig
+from harness.errors import UserError
+
+
+def load_model(config: ModelConfig, device: torch.device | str | None = None) -> PreTrainedModel:
+    """Load the base model in ``config.dtype``, in evaluation mode, on ``device`` (left where it is if None).
+
+    Under an active ZeRO-3 configuration transformers partitions the weights while it loads them.
+
+    Raises:
+        UserError: the path is neither a model folder nor a reachable hub id, or has no safetensors weights.
+    """
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.path, dtype=getattr(torch, config.dtype), trust_remote_code=False, use_safetensors=True
+        )
+    except OSError as error:
+        raise UserError(f"model.path: {config.path!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    model.eval()
+    return model if device is None else model.to(device)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of ``path``; where it has no padding token, the end-of-sequence token pads.
+
+    Padding is masked everywhere, so which token pads changes nothing.
+
+    Raises:
+        UserError: no tokenizer can be loaded, or it has neither a padding nor an end-of-sequence token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: no tokenizer in {path!r}: {' '.join(str(error).split())}") from error
+    if tokenizer.eos_token is None:
+        raise UserError(f"model.path: the tokenizer of {path!r} has no end-of-sequence token; set one and save it")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def skeleton(path: str) -> PreTrainedModel:
+    """The model's modules without weights (on the meta device): names and shapes for the price of nothing."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False))

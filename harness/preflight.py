@@ -1,0 +1,196 @@
+"""Checks of a valid configuration against the files that it names, before any model is loaded.
+
+Only what can be read in a moment: a folder's config.json, the header of a safetensors file, the first row of a data
+file. What a hub id stands for is checked by the stage that downloads it.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from harness.config import RunConfig, SourceConfig, nearest
+from harness.errors import UserError
+from harness.methods.registry import method_class
+
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+def check(config: RunConfig) -> None:
+    """Raise `UserError` for the first thing that cannot work: one line, naming the key and the remedy."""
+    _check_model(config)
+    for key, source in (("data.train", config.data.train), ("data.preserve", config.data.preserve)):
+        if source is not None:
+            _check_source(key, source)
+    _check_method(config)
+    _check_train(config)
+    _check_tasks(config)
+
+
+def _check_model(config: RunConfig) -> None:
+    path = Path(config.model.path)
+    if not path.is_dir():
+        if path.is_absolute() or not _HUB_ID.match(config.model.path):
+            raise UserError(f"model.path: {config.model.path!r} is no folder here and no hub id (org/name)")
+        return
+    if not (path / "config.json").is_file():
+        raise UserError(f"model.path: {config.model.path} has no config.json; give a folder saved by save_pretrained")
+    shapes = _weight_shapes(path)
+    if not shapes:
+        raise UserError(f"model.path: {config.model.path} has no safetensors weights; save it with save_pretrained")
+    _check_targets(config, shapes)
+
+
+def _check_targets(config: RunConfig, shapes: dict[str, list[int]]) -> None:
+    layers = {name: shape for name, shape in shapes.items() if len(shape) == 2 and not _is_embedding(name)}
+    targets = config.model.target_modules
+    if targets != "all-linear":
+        known = sorted({name.rsplit(".", 1)[-1] for name in layers})
+        for target in targets:
+            if not any(name == target or name.endswith(f".{target}") for name in layers):
+                raise UserError(
+                    f"model.target_modules: {target!r} matches no linear layer; allowed: all-linear or any of "
+                    f"{', '.join(known)}{nearest(target, known)}"
+                )
+        layers = {n: s for n, s in layers.items() if any(n == t or n.endswith(f".{t}") for t in targets)}
+    rank = config.method.get("rank")
+    if isinstance(rank, int) and layers:
+        name, shape = min(layers.items(), key=lambda item: min(item[1]))
+        if rank > min(shape):
+            raise UserError(
+                f"method.rank: {rank} given; layer {name} is {shape[0]}×{shape[1]}, so at most {min(shape)}"
+            )
+
+
+def _weight_shapes(folder: Path) -> dict[str, list[int]]:
+    """Module name → shape of its weight, from the headers of a folder's safetensors files."""
+    shapes = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            try:
+                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            except (ValueError, OverflowError) as error:
+                raise UserError(f"model.path: {file} is damaged: its safetensors header cannot be read") from error
+        for name, entry in header.items():
+            if name.endswith(".weight"):
+                shapes[name.removesuffix(".weight")] = entry["shape"]
+    return shapes
+
+
+def _is_embedding(module: str) -> bool:
+    last = module.rsplit(".", 1)[-1]
+    return "embed" in last or last in ("lm_head", "wte", "wpe", "output")
+
+
+def _check_source(key: str, source: SourceConfig) -> None:
+    from harness.data.templates import TEMPLATES
+
+    if source.template not in TEMPLATES:
+        allowed = sorted(TEMPLATES)
+        raise UserError(
+            f"{key}.template: {source.template!r} given; allowed: {', '.join(allowed)}"
+            f"{nearest(source.template, allowed)}"
+        )
+    path = Path(source.path)
+    if not path.exists():
+        if path.suffix in _DATA_SUFFIXES or path.is_absolute() or not _HUB_ID.match(source.path):
+            raise UserError(f"{key}.path: {source.path}: no such file; give a hub id, a folder or a .jsonl file")
+        return
+    if path.is_file() and path.suffix not in _DATA_SUFFIXES:
+        raise UserError(f"{key}.path: {source.path}: allowed are {', '.join(_DATA_SUFFIXES)} files, folders, hub ids")
+    if not re.fullmatch(r"\w+(\[[\d%]*:[\d%]*\])?", source.split):
+        raise UserError(f"{key}.split: {source.split!r} given; write a name or a slice such as train[:1000]")
+    if path.is_file() and source.split.partition("[")[0] != "train":
+        raise UserError(
+            f"{key}.split: {source.split!r} given; a file has one split: train, or a slice such as train[:1000]"
+        )
+    columns = _columns(f"{key}.path", path)
+    for field in ("prompt", "response"):
+        column = getattr(source, field)
+        if columns is not None and column is not None and column not in columns:
+            raise UserError(
+                f"{key}.{field}: no column {column!r} in {path}; there are: {', '.join(columns)}"
+                f"{nearest(column, columns)}"
+            )
+
+
+def _columns(key: str, path: Path) -> list[str] | None:
+    """Column names of a data file; None where only a full read would tell (.json, folders)."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            return pyarrow.parquet.read_schema(path).names
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise UserError(f"{key}: {path} is no readable Parquet file: {' '.join(str(error).split())}") from error
+    if path.suffix != ".jsonl":
+        return None
+    with path.open("rb") as file:
+        first = next((line for line in file if line.strip()), None)
+    if first is None:
+        raise UserError(f"{key}: {path} is empty; a .jsonl file has one JSON object a line")
+    try:
+        row = json.loads(first)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(f"{key}: {path}: line 1 is not JSON ({error}); a .jsonl file has one object a line") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{key}: {path}: line 1 is not a JSON object; a .jsonl file has one object a line")
+    return list(row)
+
+
+def _check_method(config: RunConfig) -> None:
+    from harness.training.penalties.registry import penalty_class
+
+    name = config.method["name"]
+    cls = method_class(name)
+    options = cls.Options.model_validate({key: value for key, value in config.method.items() if key != "name"})
+    request = cls(options).statistics()
+    if request is not None and request.data == "preserve" and config.data.preserve is None:
+        raise UserError(f"data.preserve: missing; method {name!r} takes its statistics from data to preserve")
+    entries = (["anchor"] if config.anchor is not None else []) + [entry["name"] for entry in config.penalties]
+    for entry in entries:
+        penalty = penalty_class(entry)
+        if penalty.needs_original_model and cls.trains_base:
+            raise UserError(
+                f"{entry}: over method {name!r} it would need a second copy of the weights, which is not supported; "
+                "remove it or use an adapter method (lora, corda)"
+            )
+        if penalty.needs_preserve and config.data.preserve is None:
+            raise UserError(f"data.preserve: missing; {entry} needs prompts to preserve")
+    if config.train.preserve_loss_steps is not None and config.data.preserve is None:
+        raise UserError("data.preserve: missing; train.preserve_loss_steps measures the loss on it")
+
+
+def _check_train(config: RunConfig) -> None:
+    train = config.train
+    ranks = train.ranks if isinstance(train.ranks, int) else 1
+    micro = train.micro_batch_size or max(1, train.batch_size // ranks)
+    if train.batch_size % (ranks * micro):
+        raise UserError(
+            f"train.batch_size: {train.batch_size} given; make it a multiple of train.ranks × "
+            f"train.micro_batch_size = {ranks} × {micro}"
+        )
+    path = Path(train.deepspeed)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, IsADirectoryError) as error:
+        raise UserError(f"train.deepspeed: {path} is not JSON: {error}; copy one of ds_configs/*.json") from error
+    stage = content.get("zero_optimization", {}).get("stage") if isinstance(content, dict) else None
+    if stage not in (1, 2, 3):
+        raise UserError(f"train.deepspeed: zero_optimization.stage is {stage!r} in {path}; allowed: 1, 2, 3")
+
+
+def _check_tasks(config: RunConfig) -> None:
+    names = [*config.eval.knowledge, *config.eval.task]
+    if not names:
+        return
+    from harness.evaluation.tasks import check_tasks
+
+    folders = [None if p is None else Path(p) for p in (config.eval.include_path, config.eval.data_dir)]
+    check_tasks(names, folders[0], folders[1])
+    reference = config.eval.full_fine_tuning
+    if reference is not None and not (Path(reference) / "eval" / "results.json").is_file():
+        raise UserError(
+            f"eval.full_fine_tuning: {reference} has no eval/results.json; give the run directory of a full "
+            "fine-tuning run that was evaluated"
+        )

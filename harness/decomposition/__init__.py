@@ -1,0 +1,1 @@
+"""Linear algebra with no model in it."""

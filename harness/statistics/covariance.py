@@ -1,0 +1,92 @@
+"""Input covariance of target layers.
+
+CorDA (Yang et al., 2024; CorDA++, §III-B) decomposes W·C with C = X Xᵀ, where the columns of X ∈ R^{d_in × N} are
+the inputs of the layer at N tokens. Here C is the mean over real tokens, C = (1/N) Σ_t x_t x_tᵀ: padding is masked,
+tokens are counted, and the numbers are the same for any batch size, padding side and number of ranks. (The
+reference code divides each sample by its largest entry, counts padding and assumes batch size 1.)
+
+Layers that read the same tensor share one matrix (`harness.models.sharing`).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from harness.data.collation import Batch
+from harness.errors import UserError
+
+
+@dataclass(frozen=True)
+class InputCovariance:
+    """``matrix``: mean of x xᵀ over ``tokens`` real tokens, shape (in_features, in_features), fp32, on the CPU."""
+
+    matrix: torch.Tensor
+    tokens: int
+
+
+@torch.no_grad()
+def collect_input_covariance(
+    model: nn.Module, modules: dict[str, nn.Linear], groups: dict[str, str], batches: Iterable[Batch]
+) -> dict[str, InputCovariance]:
+    """Collect one input covariance per distinct input over this rank's ``batches``, summed over all ranks.
+
+    Args:
+        modules: target layers by name.
+        groups: layer → first layer of its group, as `input_groups` returns it.
+        batches: padded batches with ``input_ids`` and ``attention_mask`` of shape (rows, length).
+
+    Returns:
+        group → its covariance. Every rank gets the same result.
+
+    Raises:
+        UserError: an activation is NaN or inf (the message names layer and batch), or there are no real tokens.
+    """
+    device = next(model.parameters()).device
+    accumulators = {
+        group: torch.zeros(modules[group].in_features, modules[group].in_features, device=device)
+        for group in sorted(set(groups.values()))
+    }
+    mask = torch.empty(0)
+    batch_index = 0
+
+    def accumulate(group: str, inputs_BLD: torch.Tensor) -> None:
+        flat_ND = inputs_BLD.reshape(-1, inputs_BLD.shape[-1])
+        if flat_ND.shape[0] != mask.numel():
+            raise ValueError(
+                f"{group}: {flat_ND.shape[0]} input rows for {mask.numel()} tokens; a layer that does not see one "
+                "row per token has no input covariance over tokens; leave it out of model.target_modules"
+            )
+        real_TD = flat_ND[mask.flatten()].float()
+        product = real_TD.T @ real_TD
+        # A NaN or inf in any entry of column j reaches the diagonal entry j: d checks tell about T·d values.
+        if not torch.isfinite(product.diagonal()).all():
+            raise UserError(
+                f"statistics: NaN or inf in the input of layer {group}, batch {batch_index}; "
+                "try model.dtype: float32, or look at the rows of that batch"
+            )
+        accumulators[group] += product
+
+    handles = [
+        modules[group].register_forward_pre_hook(lambda _, inputs, group=group: accumulate(group, inputs[0]))
+        for group in accumulators
+    ]
+    tokens = torch.zeros((), dtype=torch.int64, device=device)
+    try:
+        for batch_index, batch in enumerate(batches):  # noqa: B007 - the hook reads it
+            mask = batch["attention_mask"].to(device).bool()
+            tokens += mask.sum()
+            model(input_ids=batch["input_ids"].to(device), attention_mask=mask.long(), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tokens)
+        for matrix in accumulators.values():
+            torch.distributed.all_reduce(matrix)
+    count = int(tokens)
+    if count == 0:
+        raise UserError("statistics: the sampled rows hold no real token; check the prompt column and max_length")
+    return {group: InputCovariance((matrix / count).cpu(), count) for group, matrix in accumulators.items()}

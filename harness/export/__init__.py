@@ -1,0 +1,1 @@
+"""Export: plain LoRA adapters on the original base, and merged checkpoints."""

@@ -1,0 +1,59 @@
+"""What every rank runs under the DeepSpeed launcher: calibrate → init → train → export.
+
+`harness run` starts it with ``--module``; `launch/train.py` is the same for people who call ``deepspeed`` themselves.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from harness.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the launcher's and our own arguments, join the ranks, run the stages that are not finished."""
+    parser = argparse.ArgumentParser(
+        prog="deepspeed launch/train.py",
+        description="Calibrate, initialise, train and export one run on the ranks of the DeepSpeed launcher.",
+        epilog="Example: deepspeed --num_accelerators 2 launch/train.py --config run.yaml train.seed=1",
+    )
+    parser.add_argument("--config", type=Path, required=True, help="the run's YAML file")
+    parser.add_argument("--stages", default="calibrate,init,train,export", help="comma-separated")
+    parser.add_argument("--force", default=None, help="redo this stage and what depends on it")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    parser.add_argument("overrides", nargs="*", help="key.subkey=value")
+    options = parser.parse_args(arguments)
+    quiet_libraries()
+    try:
+        from harness.config import load_config
+        from harness.pipeline import run_stages
+        from harness.preflight import check
+        from harness.training.distributed import join_ranks
+
+        config = load_config(options.config, options.overrides)
+        check(config)
+        join_ranks()
+        run_stages(config, options.stages.split(","), options.force)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to what a person can use: no notices of libraries about themselves."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for library in ("bitsandbytes", "DeepSpeed"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""train: the optimiser steps, on a DeepSpeed engine, from the tensors of ``init/`` or from the newest checkpoint."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
+
+from harness.adapters.lora import add_initial, load_factors, read_adapter, subtract_from_base
+from harness.config import RunConfig
+from harness.console import say
+from harness.data.sampling import sample
+from harness.data.sources import read_examples
+from harness.data.tokenisation import Row, tokenise
+from harness.errors import UserError
+from harness.files import read_json
+from harness.methods.base import LowRank, Method
+from harness.methods.registry import build_method
+from harness.models.loading import load_model, load_tokenizer
+from harness.run_directory import RunDirectory
+from harness.training.callbacks import MetricsWriter, PreserveLoss, Projection, SingleBar
+from harness.training.checkpoint import read_tensors
+from harness.training.distributed import barrier, rank, training_device, world_size
+from harness.training.penalties.base import Penalty, PenaltySetup
+from harness.training.penalties.registry import build_penalty, penalty_class
+from harness.training.schedule import ScheduledRows, total_steps
+from harness.training.trainer import HarnessTrainer
+
+
+def train(config: RunConfig, run: RunDirectory) -> None:
+    """Train to the last step and leave checkpoints, ``metrics.jsonl`` and TensorBoard events.
+
+    Raises:
+        UserError: batch sizes that do not divide, or a loss that is not finite.
+    """
+    # The arguments come first: with ZeRO-3 they tell transformers to partition weights while it loads them.
+    tokenizer = load_tokenizer(config.model.path)
+    rows = tokenise(read_examples(config.data.train, "data.train"), tokenizer, config.data.max_length, "tokenise train")
+    steps = total_steps(config.train, len(rows))
+    arguments = training_arguments(config, run, steps)
+    finished = run.finished_checkpoints()
+    resume = finished[-1][1] if finished else None
+    if resume is not None:
+        say(f"train: going on from {resume}")
+
+    method = build_method(config.method, config.train.seed)
+    preserve = preserve_rows(config, tokenizer)
+    penalties = build_penalties(config, preserve, tokenizer.pad_token_id)
+    needs_original = any(penalty.needs_original_model and penalty.weight > 0 for penalty in penalties)
+    model = build_model(config, run, method, resume, needs_original)
+    trainer = HarnessTrainer(
+        model,
+        arguments,
+        ScheduledRows(rows, steps, config.train.batch_size, config.train.seed),
+        pad_id=tokenizer.pad_token_id,
+        method=method,
+        penalties=penalties,
+        checkpoint_folder=run.checkpoints,
+    )
+    add_callbacks(trainer, config, run, method, preserve, tokenizer.pad_token_id, len(rows))
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    barrier()
+
+
+def training_arguments(config: RunConfig, run: RunDirectory, steps: int) -> TrainingArguments:
+    """transformers' arguments for this run.
+
+    Raises:
+        UserError: ``train.batch_size`` is not a multiple of ranks × ``train.micro_batch_size``.
+    """
+    options = config.train
+    ranks = world_size()
+    if options.batch_size % ranks:
+        raise UserError(f"train.batch_size: {options.batch_size} given; make it a multiple of the {ranks} ranks")
+    micro = options.micro_batch_size or options.batch_size // ranks
+    if options.batch_size % (ranks * micro):
+        raise UserError(
+            f"train.micro_batch_size: {micro} given; {ranks} ranks × {micro} must divide train.batch_size "
+            f"({options.batch_size})"
+        )
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.tensorboard)
+    return TrainingArguments(
+        output_dir=str(run.checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=options.batch_size // (ranks * micro),
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.scheduler,
+        warmup_steps=options.warmup_ratio,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
+        seed=options.seed,
+        bf16=config.model.dtype == "bfloat16",
+        fp16=config.model.dtype == "float16",
+        use_cpu=not torch.cuda.is_available(),
+        deepspeed=deepspeed_config(Path(options.deepspeed)),
+        train_sampling_strategy="sequential",
+        average_tokens_across_devices=True,
+        remove_unused_columns=False,
+        logging_steps=options.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=options.save_steps,
+        report_to=["tensorboard"],
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def deepspeed_config(path: Path) -> dict[str, Any]:
+    """The DeepSpeed configuration without optimiser and scheduler blocks: the method and ``train`` say those."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {key: value for key, value in content.items() if key not in ("optimizer", "scheduler")}
+
+
+def preserve_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """All rows of the preserve set; none where there is no preserve set or nothing in training reads it."""
+    wanted = config.anchor is not None or config.penalties or config.train.preserve_loss_steps is not None
+    if config.data.preserve is None or not wanted:
+        return []
+    examples = read_examples(config.data.preserve, "data.preserve")
+    return [r for r in tokenise(examples, tokenizer, config.data.max_length, "tokenise preserve") if r.input_ids]
+
+
+def build_penalties(config: RunConfig, preserve: list[Row], pad_id: int) -> list[Penalty]:
+    """The anchor, if configured, and the listed penalties.
+
+    Raises:
+        UserError: a penalty needs preserve rows and there are none, or the original model under full fine-tuning.
+    """
+    entries = [] if config.anchor is None else [{"name": "anchor", **config.anchor.model_dump()}]
+    entries += config.penalties
+    for entry in entries:
+        if penalty_class(entry["name"]).needs_preserve and not preserve:
+            raise UserError(f"data.preserve: missing or empty; {entry['name']} needs preserve prompts")
+    return [build_penalty(entry, PenaltySetup(preserve, pad_id, config.train.seed)) for entry in entries]
+
+
+def build_model(
+    config: RunConfig, run: RunDirectory, method: Method, resume: Path | None, needs_original: bool
+) -> nn.Module:
+    """The model that is trained: base or residual weights, adapters with the tensors of step 0 or of ``resume``."""
+    device = training_device()
+    if method.trains_base:
+        base = config.model if resume is None else config.model.model_copy(update={"path": str(resume / "trained")})
+        return method.attach(_placed(load_model(base), device), {})
+    initial = read_adapter(run.init)
+    report = read_json(run.init / "report.json")["layers"]
+    ranks = {name: factor.A.shape[0] for name, factor in initial.items()}
+    model = method.attach(_placed(load_model(config.model), device), ranks)
+    residual = {name: factor for name, factor in initial.items() if report[name]["residual"]}
+    if residual:
+        assert isinstance(model, PeftModel)
+        subtract_from_base(model, residual)
+        if needs_original:
+            add_initial(model, initial, method.scaling())
+    load_factors(model, initial if resume is None else trained_factors(resume, method.scaling()))
+    return model
+
+
+def trained_factors(checkpoint: Path, scaling: float) -> dict[str, LowRank]:
+    """The adapter factors of a checkpoint, by layer name."""
+    tensors = dict(read_tensors(checkpoint / "trained"))
+    names = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
+    return {n: LowRank(tensors[f"{n}.lora_B.weight"], tensors[f"{n}.lora_A.weight"], scaling) for n in names}
+
+
+def add_callbacks(
+    trainer: HarnessTrainer,
+    config: RunConfig,
+    run: RunDirectory,
+    method: Method,
+    preserve: list[Row],
+    pad_id: int,
+    rows: int,
+) -> None:
+    """Projection after each step, preserve loss, ``metrics.jsonl``, and one progress bar."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Projection(method))
+    if config.train.preserve_loss_steps is not None:
+        chosen = sample(preserve, config.train.preserve_loss_samples, "preserve loss", config.train.seed)
+        trainer.add_callback(PreserveLoss(trainer, chosen, pad_id, config.train.preserve_loss_steps))
+    if rank() == 0:
+        trainer.add_callback(MetricsWriter(run.metrics, epochs_per_step=config.train.batch_size / rows))
+        trainer.add_callback(SingleBar())
+
+
+def _placed(model: nn.Module, device: torch.device) -> nn.Module:
+    """On the device, unless ZeRO-3 has taken charge of where its parts live."""
+    return model if any(hasattr(p, "ds_id") for p in model.parameters()) else model.to(device)

@@ -1,0 +1,1 @@
+"""Training: transformers' Trainer on DeepSpeed, penalties, projections, checkpoints."""

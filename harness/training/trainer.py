@@ -1,0 +1,208 @@
+"""transformers' Trainer on a DeepSpeed engine, with penalties, projections and safetensors checkpoints.
+
+The loss of a step is the mean over the response tokens of the whole global batch, whatever the number of ranks and
+accumulation steps, plus each penalty times its weight. Shares of ranks and passes add up: DeepSpeed averages
+gradients over ranks, so every share is multiplied by the number of ranks.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from harness.data.collation import Batch, collate, stack
+from harness.data.sampling import seed_for
+from harness.data.tokenisation import IGNORED, Row
+from harness.errors import UserError
+from harness.files import publish_directory
+from harness.methods.base import Method
+from harness.training import checkpoint as checkpoints
+from harness.training.distributed import barrier, rank, world_size
+from harness.training.penalties.base import MicroStep, Penalty
+
+
+class HarnessTrainer(Trainer):
+    """Trainer that asks the method and the penalties. ``checkpoint_folder`` gets ``step-N`` folders."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        rows: Any,
+        *,
+        pad_id: int,
+        method: Method,
+        penalties: Sequence[Penalty],
+        checkpoint_folder: Path,
+    ) -> None:
+        super().__init__(model=model, args=args, train_dataset=rows, data_collator=lambda items: collate(items, pad_id))
+        # compute_loss normalises over the whole step by itself.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self._pad_id = pad_id
+        self._method = method
+        self._penalties = [penalty for penalty in penalties if penalty.weight > 0]
+        self._checkpoint_folder = checkpoint_folder
+        self._pass_of_step = (-1, 0)
+        self._terms: dict[str, torch.Tensor] = {}
+
+    # -- the loss ------------------------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """One forward and backward pass. Randomness (dropout) depends on seed, step, pass and rank alone."""
+        step = self.state.global_step
+        number = self._pass_of_step[1] + 1 if self._pass_of_step[0] == step else 0
+        self._pass_of_step = (step, number)
+        # Reseeding makes the state of random generators something that a checkpoint need not hold.
+        torch.manual_seed(seed_for("pass", self.args.seed, step, number, rank()))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """This pass's share of the step's loss, times the number of ranks."""
+        ranks = world_size()
+        at = MicroStep(
+            self.state.global_step,
+            self._pass_of_step[1] * ranks + rank(),
+            self.args.gradient_accumulation_steps * ranks,
+        )
+        riding = [penalty.rows(at) for penalty in self._penalties]
+        batch, slices = inputs, []
+        for rows in riding:
+            start = batch["input_ids"].shape[0]
+            if rows is not None:
+                batch = stack(batch, {k: v.to(inputs["input_ids"].device) for k, v in rows.items()}, self._pad_id)
+            slices.append(slice(start, batch["input_ids"].shape[0]))
+        # Whatever else the penalties run comes first: nothing stands between the differentiated pass and its
+        # backward pass, whose order of gathering ZeRO-3 mirrors.
+        prepared = [penalty.before(model, at, rows) for penalty, rows in zip(self._penalties, riding, strict=True)]
+        logits_BLV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        count = inputs["input_ids"].shape[0]
+        task = response_loss(logits_BLV[:count], batch["labels"][:count]) / num_items_in_batch
+        total = task * ranks
+        self._add_term("loss", task * ranks)
+        for penalty, rows, part, first in zip(self._penalties, riding, slices, prepared, strict=True):
+            value = penalty.penalty(model, at, rows, logits_BLV[part] if rows is not None else None, first)
+            if value is not None:
+                total = total + penalty.weight * value * ranks
+                self._add_term(penalty.metric, value * ranks)
+        own = self._method.penalty(model)
+        if own is not None:
+            share = own / self.args.gradient_accumulation_steps
+            total = total + share
+            self._add_term("method_penalty", share)
+        return total
+
+    def _add_term(self, name: str, value: torch.Tensor) -> None:
+        self._terms[name] = self._terms.get(name, 0.0) + value.detach().float()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Replace Trainer's total loss by the task loss, and add each penalty and the total."""
+        if "loss" in logs and self._terms:
+            steps = self.state.global_step - self._logged_step
+            total = logs["loss"]
+            for name, value in self._terms.items():
+                # Summed over ranks, each term is a share times the number of ranks.
+                logs[name] = float(self.accelerator.gather(value.reshape(1)).mean()) / steps
+            if len(self._terms) > 1:
+                logs["total_loss"] = total
+            self._terms, self._logged_step = {}, self.state.global_step
+            if not all(map(_finite, logs.values())):
+                raise UserError(
+                    f"train: the loss is NaN or inf at step {self.state.global_step}; lower train.learning_rate, or "
+                    "try model.dtype: float32"
+                )
+        super().log(logs, start_time)
+
+    _logged_step = 0
+
+    # -- the optimiser -------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over the method's parameter groups; DeepSpeed shards its state."""
+        if self.optimizer is None:
+            groups = self._method.param_groups(model or self.model, self.args.weight_decay)
+            self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate)
+        return self.optimizer
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        final = self._checkpoint_folder / f"step-{self.state.global_step}"
+        staging = self._checkpoint_folder / f".step-{self.state.global_step}.staging"
+        if rank() == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        barrier()
+        checkpoints.write_trained(staging / "trained", self.deepspeed)
+        checkpoints.write_optimizer(staging / "optimizer", self.deepspeed)
+        if rank() == 0:
+            if self._method.trains_base:  # makes ``trained/`` a folder that from_pretrained reads
+                self.model.config.save_pretrained(staging / "trained")
+            checkpoints.write_schedule(staging / "scheduler.json", self.deepspeed, self.lr_scheduler)
+            self.state.save_to_json(str(staging / "trainer_state.json"))
+            publish_directory(staging, final)
+            for other in self._checkpoint_folder.glob("step-*"):
+                if other != final:
+                    checkpoints.drop_optimizer(other)
+        barrier()
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            checkpoints.restore_engine(folder, self.deepspeed)
+            checkpoints.restore_schedule(folder / "scheduler.json", self.lr_scheduler, self.optimizer)
+            self._logged_step = self.state.global_step
+        return prepared
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing to load: `training_step` seeds every pass."""
+
+
+def response_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of the next-token cross-entropy over labelled tokens.
+
+    Args:
+        logits: (rows, length, vocabulary); position t predicts token t + 1.
+        labels: (rows, length), `IGNORED` where there is no loss.
+    """
+    return nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def token_mean_loss(model: nn.Module, rows: Sequence[Row], pad_id: int, batch_size: int) -> float:
+    """Mean next-token loss over the labelled tokens of ``rows``, over all ranks, dropout off. Collective."""
+    device = next(model.parameters()).device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        # Every rank makes the same number of passes, as ZeRO-3 needs; a rank without rows repeats one, uncounted.
+        for start in range(0, len(rows), batch_size * world_size()):
+            mine = rows[start : start + batch_size * world_size()][rank() :: world_size()]
+            batch = {k: v.to(device) for k, v in collate(mine or rows[:1], pad_id).items()}
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+            if mine:
+                sums[0] += response_loss(logits, batch["labels"]).double()
+                sums[1] += (batch["labels"][:, 1:] != IGNORED).sum()
+    model.train(training)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    return float(sums[0] / sums[1])
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, float) or value - value == 0.0

@@ -1,0 +1,570 @@
+"""Reports of one run and of several side by side (``report.md``, ``report.html``), and the terminal's table.
+
+The HTML is one file: styles and figures are inside, nothing is fetched, no script runs. The Markdown carries
+the same tables and sentences and refers to the HTML for the figures, so that neither file can be half of a
+pair that is out of step: each is written atomically, ``report.html`` last.
+"""
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import yaml
+
+from harness.errors import UserError
+from harness.files import read_json, write_text
+from harness.reporting import figures, wording
+from harness.reporting.records import Evaluation, Initialisation, RunRecord, read_run
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
+    from rich.table import Table as RichTable
+
+# What vLLM's --max-lora-rank takes.
+_SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_PLANE, _RANKS = "The K–T plane", "Rank by layer"
+_WIDE = (_PLANE, _RANKS)
+_PLANE_AXES = (
+    "Right: more of the task learned. Up: more of the base's knowledge kept. The best place is the upper "
+    "right.",
+    "Grey lines join points of equal KT. The learning rate and the stopping time decide how far along its "
+    "path a run goes.",
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as both formats show it: cells are finished text.
+
+    Attributes:
+        hints: a second line for each header.
+        strong: rows that stand out.
+        text: columns that hold words; the others hold numbers and are aligned to the right.
+    """
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    hints: tuple[str, ...] = ()
+    strong: frozenset[int] = frozenset()
+    text: frozenset[int] = frozenset({0})
+
+    def hint(self, column: int) -> str:
+        """The hint under a header, or nothing."""
+        return self.hints[column] if self.hints else ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure and how to read it; a ``wide`` one takes a whole row on a desk, with the text beside it."""
+
+    title: str
+    svg: str
+    caption: tuple[str, ...]
+    wide: bool
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """Lines to copy, and what they are for."""
+
+    title: str
+    language: str
+    code: str
+
+
+def write_report(run: Path) -> Path:
+    """Write ``report.md`` and ``report.html`` into the run directory ``run``; return the path of the HTML.
+
+    Parts that have not been run say so.
+
+    Raises:
+        UserError: ``run`` is not a run directory, or one of its files cannot be read.
+    """
+    return _write(Path(run), "report", _run_view(read_run(run)))
+
+
+def write_comparison(runs: Sequence[Path], folder: Path, title: str = "Comparison of runs") -> Path:
+    """Write a comparison of ``runs`` into ``folder``, as a run's report is; return the path of the HTML.
+
+    Raises:
+        UserError: there are no runs, or one of them cannot be read.
+    """
+    return _write(Path(folder), "comparison", _comparison_view(_read_runs(runs), Path(folder), title))
+
+
+def summary_table(runs: Sequence[Path]) -> "RichTable":
+    """The comparison's table for a terminal.
+
+    Raises:
+        UserError: there are no runs, or one of them cannot be read.
+    """
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    records = _read_runs(runs)
+    table = _comparison_table(records, _labels(records))
+    shown = RichTable()
+    for column, header in enumerate(table.headers):
+        # Text, not str: a run called "[red]" is not markup.
+        shown.add_column(Text(header), justify="left" if column in table.text else "right")
+    for row in table.rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    return shown
+
+
+def _read_runs(runs: Sequence[Path]) -> list[RunRecord]:
+    if not runs:
+        raise UserError("runs: none given; give at least one run directory")
+    return [read_run(run) for run in runs]
+
+
+# ---------------------------------------------------------------- one run
+
+
+def _run_view(record: RunRecord) -> dict[str, Any]:
+    evaluation, initialisation = record.evaluation, record.initialisation
+    return {
+        "title": record.name,
+        "subtitle": _subtitle(record),
+        "summary": wording.summary(record),
+        "tiles": _tiles(record),
+        "scores": _score_table(evaluation) if evaluation else None,
+        "t_meaning": wording.t_meaning(evaluation) if evaluation else None,
+        "engine": evaluation.engine if evaluation else None,
+        "trained": bool(record.metrics or (evaluation and evaluation.final)),
+        "figures": _run_figures(record),
+        "initialisation": _initialisation_facts(initialisation) if initialisation else None,
+        "layers": _layer_table(initialisation) if initialisation and initialisation.layers else None,
+        "places": _places(record.path),
+        "snippets": _snippets(record),
+        "advice": wording.advice(record),
+        "config": _yaml(record.config) if record.config else None,
+        "facts": list(_flat(record.environment).items()) if record.environment else None,
+        "notes": _notes(record),
+    }
+
+
+def _yaml(config: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+
+
+def _subtitle(record: RunRecord) -> str:
+    method, rank, base = wording.method(record), record.setting("method.rank"), record.setting("model.path")
+    parts = [method] if method != wording.NOTHING else []
+    parts += [f"rank {rank}"] if rank else []
+    parts += [f"anchor {wording.anchor(record)}"] if record.setting("anchor.kl") is not None else []
+    parts += [f"on {base}"] if base else []
+    return " · ".join(parts)
+
+
+def _notes(record: RunRecord) -> list[str]:
+    """What the reader met and what the evaluation noted, without what ``t_meaning`` says already."""
+    noted = record.evaluation.notes if record.evaluation else ()
+    return [*record.notes, *(note for note in noted if "eval.full_fine_tuning" not in note)]
+
+
+def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
+    """Letter, value, meaning."""
+    final = record.evaluation.final if record.evaluation else None
+    if record.evaluation is None or final is None:
+        return []
+    learned = "learned: " + wording.t_axis(record.evaluation)
+    kept = "kept: knowledge scores ÷ the base's"
+    return [
+        ("T", wording.number(final.T), learned),
+        ("K", wording.number(final.K), kept),
+        ("KT", wording.number(final.KT), "both: harmonic mean of T and K"),
+    ]
+
+
+def _score_table(evaluation: Evaluation) -> Table:
+    kinds = {name: "knowledge" for name in evaluation.knowledge} | {name: "task" for name in evaluation.task}
+    rows = tuple(
+        (
+            model.name,
+            wording.number(model.T),
+            wording.number(model.K),
+            wording.number(model.KT),
+            *(wording.score(model.scores.get(task)) for task in evaluation.tasks),
+            wording.number(model.samples_per_second, 1 if (model.samples_per_second or 0) < 10 else 0),
+        )
+        for model in evaluation.models
+    )
+    return Table(
+        headers=("model", "T", "K", "KT", *evaluation.tasks, "samples/s"),
+        hints=("", "learned", "kept", "both", *(kinds[task] for task in evaluation.tasks), "evaluation"),
+        rows=rows,
+        strong=frozenset(index for index, model in enumerate(evaluation.models) if model.name == "final"),
+    )
+
+
+def _run_figures(record: RunRecord) -> list[Figure]:
+    path = figures.kt_path(record)
+    spread = [f"Ranks: {record.initialisation.spread}."] if record.initialisation else []
+    drawn = [
+        (
+            _PLANE,
+            figures.kt_figure([path], wording.t_axis(record.evaluation)) if path else None,
+            (
+                "The way of this run: from the base (star) through the evaluated checkpoints (small marks) "
+                "to the end (large mark). Numbers are optimiser steps.",
+                *_PLANE_AXES,
+            ),
+        ),
+        (
+            "Forgetting",
+            figures.forgetting_figure([record]),
+            (
+                "Forgetting as it happens: a rising preserve loss, a falling K. The dashed line is the "
+                "base (K = 1).",
+            ),
+        ),
+        (
+            "Training loss",
+            figures.loss_figure([record]),
+            (
+                "What the optimiser saw; penalties stand in panels of their own. Long curves are means of "
+                "neighbouring points, with a band from the smallest to the largest.",
+            ),
+        ),
+        (
+            _RANKS,
+            figures.rank_figure(record.initialisation.layers) if record.initialisation else None,
+            (
+                "Where the method put the parameters: modules by block, from the input (left) to the output.",
+                *spread,
+            ),
+        ),
+    ]
+    return _figures(drawn)
+
+
+def _figures(drawn: Sequence[tuple[str, bytes | None, tuple[str, ...]]]) -> list[Figure]:
+    return [
+        Figure(title, svg.decode("utf-8"), caption, title in _WIDE) for title, svg, caption in drawn if svg
+    ]
+
+
+def _initialisation_facts(initialisation: Initialisation) -> list[tuple[str, str]]:
+    """Names and values: layers, ranks, parameters, and the spread of each of the method's own numbers."""
+    layers = initialisation.layers
+    facts = [("method", initialisation.method), ("layers", f"{len(layers):,}")]
+    if initialisation.ranks:
+        facts.append(("rank", initialisation.spread))
+    if initialisation.adapter_parameters:
+        share = 100 * initialisation.adapter_parameters / initialisation.layer_parameters
+        count = f"{initialisation.adapter_parameters:,}"
+        facts.append(("adapter parameters", f"{count} ({share:.2g} % of the adapted weights')"))
+    for key in dict.fromkeys(key for layer in layers for key in layer.values):
+        values = sorted(layer.values[key] for layer in layers if key in layer.values)
+        low, middle, high = map(wording.significant, (values[0], values[len(values) // 2], values[-1]))
+        largest = next(layer.name for layer in layers if layer.values.get(key) == values[-1])
+        spread = f"median {middle}, from {low} to {high} (largest in {largest})"
+        facts.append((_spoken(key), low if low == high else spread))
+    return facts
+
+
+def _spoken(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _layer_table(initialisation: Initialisation) -> Table:
+    keys = tuple(dict.fromkeys(key for layer in initialisation.layers for key in layer.values))
+    rows = tuple(
+        (
+            layer.name,
+            " × ".join(map(str, layer.shape)) or wording.NOTHING,
+            wording.setting(layer.rank),
+            *(wording.significant(layer.values.get(key)) for key in keys),
+        )
+        for layer in initialisation.layers
+    )
+    return Table(headers=("layer", "shape", "rank", *map(_spoken, keys)), rows=rows)
+
+
+def _places(run: Path) -> list[tuple[str, str]]:
+    """The files that exist, relative to the run directory, each with what it is."""
+    known = {
+        "adapter": "the trained adapter, a plain PEFT LoRA on the original base model",
+        "merged": "the merged model, safetensors and tokeniser",
+        "checkpoints": "the checkpoints along training",
+        "eval/results.json": "all scores",
+        "metrics.jsonl": "every logged step",
+        "init/report.json": "the initialisation, layer by layer",
+        "config.yaml": "the resolved configuration, enough to repeat the run",
+        "environment.json": "versions and hardware",
+    }
+    return [(name, meaning) for name, meaning in known.items() if (run / name).exists()]
+
+
+def _snippets(record: RunRecord) -> list[Snippet]:
+    run, base = record.path, record.setting("model.path")
+    if base is None and record.evaluation:
+        base = record.evaluation.base_model
+    served = re.sub(r"[^\w.-]+", "-", record.name, flags=re.ASCII).strip("-") or "tuned"
+    found = []
+    if (run / "adapter").is_dir() and base:
+        adapter = run / "adapter"
+        python = (
+            "from peft import PeftModel\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({str(base)!r})\n"
+            f"base = AutoModelForCausalLM.from_pretrained({str(base)!r}, dtype='auto')\n"
+            f"model = PeftModel.from_pretrained(base, {str(adapter)!r})"
+        )
+        found.append(Snippet("Load the adapter with PEFT", "python", python))
+        lora = f"{served}={adapter}"
+        command = (
+            f"vllm serve {shlex.quote(str(base))} --enable-lora --max-lora-rank {_served_rank(adapter)} \\\n"
+            f"  --lora-modules {shlex.quote(lora)}"
+        )
+        found.append(Snippet("Serve the adapter with vLLM", "sh", command))
+    if (run / "merged").is_dir():
+        command = f"vllm serve {shlex.quote(str(run / 'merged'))} --served-model-name {served}"
+        found.append(Snippet("Serve the merged model with vLLM", "sh", command))
+    return found
+
+
+def _served_rank(adapter: Path) -> int:
+    """The smallest rank that vLLM can be started with and that holds every layer of the adapter."""
+    config = read_json(adapter / "adapter_config.json") if (adapter / "adapter_config.json").exists() else {}
+    rank = max([config.get("r", 1), *config.get("rank_pattern", {}).values()])
+    return next((served for served in _SERVED_RANKS if served >= rank), rank)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as dotted keys: {"train": {"seed": 1}} → {"train.seed": "1"}."""
+    flat: dict[str, str] = {}
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            flat |= _flat(inner, f"{prefix}{key}.")
+        elif isinstance(inner, list | tuple) and not any(isinstance(item, Mapping | list) for item in inner):
+            flat[f"{prefix}{key}"] = ", ".join(map(wording.setting, inner)) or wording.NOTHING
+        elif isinstance(inner, list | tuple):
+            flat[f"{prefix}{key}"] = json.dumps(inner, ensure_ascii=False)
+        else:
+            flat[f"{prefix}{key}"] = wording.setting(inner)
+    return flat
+
+
+# ---------------------------------------------------------------- several runs
+
+
+def _comparison_view(records: Sequence[RunRecord], folder: Path, title: str) -> dict[str, Any]:
+    labels = _labels(records)
+    return {
+        "title": title,
+        "subtitle": f"{len(records)} run{'s' if len(records) > 1 else ''}",
+        "summary": wording.comparison_summary(records, labels),
+        "misleading": wording.MISLEADING,
+        "cautions": wording.comparison_cautions(records),
+        "scores": _comparison_table(records, labels),
+        "t_meaning": _common_t_meaning(records),
+        "figures": _comparison_figures(records, labels),
+        "differences": _differences(records, labels),
+        "reports": _reports(records, labels, folder),
+        "notes": _comparison_notes(records, labels),
+    }
+
+
+def _labels(records: Sequence[RunRecord]) -> list[str]:
+    """The runs' names; those that share one carry their folder, and a number where that is shared too."""
+    names = [record.name for record in records]
+    labels = [
+        name if names.count(name) == 1 or name == record.path.name else f"{name} ({record.path.name})"
+        for name, record in zip(names, records, strict=True)
+    ]
+    return [
+        label if labels.count(label) == 1 else f"{label} #{labels[: index + 1].count(label)}"
+        for index, label in enumerate(labels)
+    ]
+
+
+def _comparison_table(records: Sequence[RunRecord], labels: Sequence[str]) -> Table:
+    evaluations = [record.evaluation for record in records if record.evaluation]
+    knowledge = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.knowledge))
+    tasks = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.task))
+    tasks = [name for name in tasks if name not in knowledge]
+    rows = _base_rows(records, labels, [*knowledge, *tasks])
+    best_kt = max((evaluation.final.KT or 0.0 for evaluation in evaluations if evaluation.final), default=0.0)
+    strong = set()
+    for record, label in zip(records, labels, strict=True):
+        final = record.evaluation.final if record.evaluation else None
+        best = record.evaluation.best if record.evaluation else None
+        if final and final.KT and round(final.KT, 2) == round(best_kt, 2) and len(records) > 1:
+            strong.add(len(rows))
+        rows.append(
+            (
+                label,
+                wording.number(final.T if final else None),
+                wording.number(final.K if final else None),
+                wording.number(final.KT if final else None),
+                f"{wording.number(best.KT)} ({best.step})" if best else wording.NOTHING,
+                wording.method(record),
+                wording.anchor(record),
+                wording.setting(record.setting("train.learning_rate")),
+                wording.number(record.steps, 0),
+                wording.number(record.training_seconds, 0),
+                *(wording.score(final.scores.get(name) if final else None) for name in (*knowledge, *tasks)),
+            )
+        )
+    return Table(
+        headers=(
+            *("run", "T", "K", "KT", "best KT", "method", "anchor", "learning rate", "steps", "training"),
+            *knowledge,
+            *tasks,
+        ),
+        hints=(
+            *("", "learned", "kept", "both", "(step)", "", "", "peak", "", "seconds"),
+            *("knowledge" for _ in knowledge),
+            *("task" for _ in tasks),
+        ),
+        rows=tuple(rows),
+        strong=frozenset(strong),
+        text=frozenset({0, 5, 6}),
+    )
+
+
+def _base_rows(
+    records: Sequence[RunRecord], labels: Sequence[str], tasks: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """One row for each distinct base result: runs of one base share it."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for record, label in zip(records, labels, strict=True):
+        base = record.evaluation.base if record.evaluation else None
+        if base is not None:
+            cells = (
+                *(wording.number(base.T), wording.number(base.K), wording.number(base.KT)),
+                *(wording.NOTHING for _ in range(6)),
+                *(wording.score(base.scores.get(name)) for name in tasks),
+            )
+            rows.setdefault(cells, []).append(label)
+    if len(rows) == 1:
+        return [("base", *cells) for cells in rows]
+    return [(f"base of {wording.listing(sharing)}", *cells) for cells, sharing in rows.items()]
+
+
+def _common_t_meaning(records: Sequence[RunRecord]) -> str | None:
+    evaluations = [record.evaluation for record in records if record.evaluation]
+    meanings = list(dict.fromkeys(map(wording.t_meaning, evaluations)))
+    return meanings[0] if len(meanings) == 1 else None
+
+
+def _comparison_figures(records: Sequence[RunRecord], labels: Sequence[str]) -> list[Figure]:
+    paths = [figures.kt_path(record, label) for record, label in zip(records, labels, strict=True)]
+    axes = {wording.t_axis(record.evaluation) for record in records if record.evaluation}
+    drawn = [
+        (
+            _PLANE,
+            figures.kt_figure(
+                [path for path in paths if path],
+                axes.pop() if len(axes) == 1 else "task learned (references differ)",
+            ),
+            (
+                "Each line is one run: from the base (star) through its evaluated checkpoints (small "
+                "marks) to its end (large mark). Numbers are optimiser steps, left out where they would "
+                "cover something.",
+                *_PLANE_AXES,
+                "Compare at equal T: of two paths, the upper one kept more when it had learned as much.",
+            ),
+        ),
+        (
+            "Forgetting",
+            figures.forgetting_figure(records, labels),
+            (
+                "Loss on the preserve set, and K of the evaluated checkpoints. The dashed line is the base "
+                "(K = 1).",
+            ),
+        ),
+        (
+            "Training loss",
+            figures.loss_figure(records, labels),
+            ("How fast each run fitted its training data; this says nothing about what it kept.",),
+        ),
+    ]
+    return _figures(drawn)
+
+
+def _differences(records: Sequence[RunRecord], labels: Sequence[str]) -> Table | None:
+    """Every configuration key that is not the same in all runs; None where there is none or one run."""
+    flat = [_flat(record.config or {}) for record in records]
+    keys = dict.fromkeys(key for config in flat for key in config if key != "name")
+    rows = [(key, *(config.get(key, wording.NOTHING) for config in flat)) for key in keys]
+    differing = tuple(row for row in rows if len(set(row[1:])) > 1)
+    return Table(("key", *labels), differing, text=frozenset(range(len(labels) + 1))) if differing else None
+
+
+def _reports(
+    records: Sequence[RunRecord], labels: Sequence[str], folder: Path
+) -> list[tuple[str, str, str | None]]:
+    """Label, run directory, and a relative link to its report where there is one."""
+    found = []
+    for record, label in zip(records, labels, strict=True):
+        page = record.path / "report.html"
+        link = quote(Path(os.path.relpath(page, folder.resolve())).as_posix()) if page.exists() else None
+        found.append((label, str(record.path), link))
+    return found
+
+
+def _comparison_notes(records: Sequence[RunRecord], labels: Sequence[str]) -> list[str]:
+    notes: dict[str, list[str]] = {}
+    for record, label in zip(records, labels, strict=True):
+        absent = [] if record.evaluation else ["It has not been evaluated yet."]
+        for note in (*absent, *_notes(record)):
+            notes.setdefault(note, []).append(label)
+    return [
+        note if len(named) == len(records) else f"{wording.listing(named)}: {note}"
+        for note, named in notes.items()
+    ]
+
+
+# ---------------------------------------------------------------- templates
+
+
+def _write(folder: Path, template: str, view: Mapping[str, Any]) -> Path:
+    environment = _environment()
+    for kind in ("md", "html"):  # the HTML last: where it is new, both are
+        text = environment.get_template(f"{template}.{kind}.j2").render(view)
+        write_text(folder / f"report.{kind}", text)
+    return folder / "report.html"
+
+
+def _environment() -> "Environment":
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"md": _markdown, "fence": _fence, "codes": _codes}
+    environment.globals |= {"NOT_RUN": wording.NOT_RUN, "COLOURS": figures.COLOURS}
+    return environment
+
+
+def _markdown(text: str) -> str:
+    """Text that Markdown shows unchanged, in a paragraph or a table cell; ``_`` inside a word is harmless."""
+    return re.sub(r"([\\`*\[\]<>#|~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(text.split()))
+
+
+def _codes(text: str) -> "Markup":
+    """Text as HTML, with what stands between backticks as code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _fence(code: str, language: str = "") -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    ticks = "`" * max(3, 1 + max(map(len, re.findall(r"`+", code)), default=0))
+    return f"{ticks}{language}\n{code.rstrip()}\n{ticks}"

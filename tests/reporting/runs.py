@@ -1,0 +1,117 @@
+"""Small run directories, written as the stages write them."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+STEPS = 40
+KNOWLEDGE = {"facts_seen": 0.98, "facts_heldout": 0.96}
+
+
+def write_run(
+    run: Path,
+    name: str = "corda-anchor",
+    method: Mapping[str, Any] | None = None,
+    anchor: Mapping[str, Any] | None = None,
+    learning_rate: float = 3e-3,
+    end: tuple[float, float] = (0.975, 0.95),
+    steps: int = STEPS,
+    checkpoints: tuple[int, ...] = (10, 20, 30),
+    full_fine_tuning: str | None = None,
+) -> Path:
+    """A finished run that ends at (T, K) = ``end``, with every part of the run directory."""
+    method = dict(method or {"name": "corda", "mode": "kpm", "rank": 8, "alpha": 8})
+    config = {
+        "name": name,
+        "model": {"path": "models/tiny", "dtype": "float32", "target_modules": "all-linear"},
+        "data": {"train": {"path": "reverse.jsonl", "split": "train"}, "max_length": 64},
+        "method": method,
+        "anchor": anchor,
+        "train": {"learning_rate": learning_rate, "max_steps": steps, "batch_size": 32, "seed": 0},
+        "eval": {"backend": "vllm", "knowledge": list(KNOWLEDGE), "task": ["reverse"]},
+        "output_dir": "runs",
+    }
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    environment = {"versions": {"torch": "2.13.0", "vllm": "0.32.0"}, "hardware": {"gpus": []}, "seed": 0}
+    write_json(run / "environment.json", environment)
+    write_metrics(run / "metrics.jsonl", metric_lines(steps, penalty="anchor_kl" if anchor else None))
+    write_json(run / "init" / "report.json", initialisation(method["name"]))
+    write_json(run / "eval" / "results.json", results(end, steps, checkpoints, full_fine_tuning))
+    for folder in ("adapter", "merged", "checkpoints"):
+        (run / folder).mkdir()
+    write_json(run / "adapter" / "adapter_config.json", {"r": 16, "rank_pattern": {"q_proj": 24}})
+    return run
+
+
+def write_json(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def write_metrics(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def metric_lines(steps: int, penalty: str | None = None, every: int = 5) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = [{"step": 0, "epoch": 0.0, "seconds": 0.4, "preserve_loss": 0.21}]
+    for step in range(every, steps + 1, every):
+        line = {"step": step, "epoch": step / 125, "seconds": step / 3, "loss": 3.0 * math.exp(-step / 12)}
+        line |= {"learning_rate": 1e-3, "grad_norm": 1.0}
+        lines.append(line | ({penalty: 0.3 * (1 - math.exp(-step / 9))} if penalty else {}))
+    return [*lines, {"step": steps, "epoch": steps / 125, "seconds": steps / 3 + 1, "preserve_loss": 0.264}]
+
+
+def initialisation(method: str) -> dict[str, Any]:
+    layers = {
+        f"model.layers.{block}.{module}": {
+            "rank": rank,
+            "shape": [32, 32],
+            "damping": 0.01,
+            "residual_norm": block + 1,
+        }
+        for block in range(2)
+        for module, rank in (("self_attn.q_proj", 8), ("mlp.up_proj", 8))
+    }
+    return {"method": method, "layers": layers}
+
+
+def results(
+    end: tuple[float, float],
+    steps: int,
+    checkpoints: tuple[int, ...] = (),
+    full_fine_tuning: str | None = None,
+) -> dict[str, Any]:
+    def model(name: str, step: int | None, t: float, k: float) -> dict[str, Any]:
+        scores = {
+            task: {"metric": "exact_match", "value": base * k, "stderr": 0.01, "items": 560}
+            for task, base in KNOWLEDGE.items()
+        }
+        scores["reverse"] = {"metric": "exact_match", "value": t, "stderr": 0.008, "items": 400}
+        return {"name": name, "step": step, "scores": scores, "seconds": 3.1, "samples_per_second": 300.4}
+
+    def trained(name: str, step: int, t: float, k: float) -> dict[str, Any]:
+        return model(name, step, t, k) | {"K": k, "T": t, "KT": 2 * k * t / (k + t) if k + t else 0.0}
+
+    t, k = end
+    models = [model("base", None, 0.02, 1.0)]
+    for step in checkpoints:
+        done = step / steps
+        models.append(trained(f"step-{step}", step, t * done, 1 - (1 - k) * done))
+    models.append(trained("final", steps, t, k))
+    note = "T is the raw task score: no full fine-tuning result was given (eval.full_fine_tuning)"
+    return {
+        "schema": 1,
+        "base_model": "models/tiny",
+        "engine": "vllm",
+        "knowledge": list(KNOWLEDGE),
+        "task": ["reverse"],
+        "models": models,
+        **{key: models[-1][key] for key in ("K", "T", "KT")},
+        "T_reference": full_fine_tuning,
+        "notes": [] if full_fine_tuning else [note],
+    }

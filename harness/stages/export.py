@@ -19,7 +19,7 @@ from harness.training.distributed import barrier, rank
 
 
 def export(config: RunConfig, run: RunDirectory) -> None:
-    """Write ``adapter/``, ``merged/``, and the same for each checkpoint where checkpoints are to be evaluated.
+    """Write ``adapter/``, ``merged/``, and the same for each earlier checkpoint if those are to be evaluated.
 
     Raises:
         UserError: nothing was trained yet.
@@ -30,7 +30,7 @@ def export(config: RunConfig, run: RunDirectory) -> None:
     if rank() == 0:
         method = build_method(config.method, config.train.seed)
         dtype = getattr(torch, config.model.dtype)
-        for _, checkpoint in finished if config.eval.checkpoints else []:
+        for _, checkpoint in finished[:-1] if config.eval.checkpoints else []:
             _export_one(config, run, method, checkpoint, checkpoint, dtype, merge=method.trains_base)
         _export_one(config, run, method, finished[-1][1], run.path, dtype, merge=True)
         say(f"export: {run.adapter if not method.trains_base else run.merged}")

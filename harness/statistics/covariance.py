@@ -41,7 +41,8 @@ def collect_input_covariance(
         group → its covariance. Every rank gets the same result.
 
     Raises:
-        UserError: an activation is NaN or inf (the message names layer and batch), or there are no real tokens.
+        UserError: an activation is NaN or inf (the message names layer and batch), a layer does not read one row per
+            token, or there are no real tokens.
     """
     device = next(model.parameters()).device
     accumulators = {
@@ -54,9 +55,9 @@ def collect_input_covariance(
     def accumulate(group: str, inputs_BLD: torch.Tensor) -> None:
         flat_ND = inputs_BLD.reshape(-1, inputs_BLD.shape[-1])
         if flat_ND.shape[0] != mask.numel():
-            raise ValueError(
-                f"{group}: {flat_ND.shape[0]} input rows for {mask.numel()} tokens; a layer that does not see one "
-                "row per token has no input covariance over tokens; leave it out of model.target_modules"
+            raise UserError(
+                f"model.target_modules: {group} reads {flat_ND.shape[0]} rows for {mask.numel()} tokens, so it has no "
+                "input covariance over tokens; list the layers to adapt without it"
             )
         real_TD = flat_ND[mask.flatten()].float()
         product = real_TD.T @ real_TD

@@ -86,36 +86,36 @@ def restore_engine(checkpoint: Path, engine: Any) -> None:
             f"train: {checkpoint} has no optimiser state (only the newest checkpoint keeps it), so training cannot go "
             "on from it; start over with --force train"
         )
-    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-    from deepspeed.utils.tensor_fragment import safe_get_local_fp32_param
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
 
     parameters = dict(trained_parameters(engine.module))
     saved = read_json(checkpoint / "scheduler.json")
     _create_optimizer_state(engine.optimizer, saved["optimizer_steps"])
-    zero3 = any(hasattr(parameter, "ds_id") for parameter in parameters.values())
 
-    def local(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
-        """The part of ``value`` that this rank owns."""
-        if zero3:  # equal parts, the last one padded
-            size = -(-value.numel() // world_size())
-            padded = torch.nn.functional.pad(value.flatten(), (0, size * world_size() - value.numel()))
-            return padded.narrow(0, size * rank(), size)
-        address = parameter._hp_mapping.lp_fragment_address
-        return value.flatten().narrow(0, address.start, address.numel)
+    def own_part(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+        """This rank's part under ZeRO-3: equal parts, the last one padded, which DeepSpeed's full setters forget."""
+        size = parameter.ds_tensor.numel()
+        padded = torch.nn.functional.pad(value.flatten(), (0, size * world_size() - value.numel()))
+        return padded.narrow(0, size * rank(), size)
 
     for name, value in read_tensors(checkpoint / "trained"):
         parameter = parameters[name]
-        own = safe_get_local_fp32_param(parameter)
-        if own is not None:
-            part = local(parameter, value).to(own.device)
-            safe_set_local_fp32_param(parameter, part.reshape(own.shape))
+        if hasattr(parameter, "ds_id"):
+            safe_set_local_fp32_param(parameter, own_part(parameter, value))
+        else:
+            safe_set_full_fp32_param(parameter, value)
     for key, value in read_tensors(checkpoint / "optimizer"):
         name, moment = key.rsplit(".", 1)
         parameter = parameters[name]
-        own = safe_get_local_fp32_param(parameter)
-        if own is not None:
-            part = local(parameter, value).to(own.device)
-            safe_set_local_optimizer_state(parameter, part.reshape(own.shape), moment)
+        if hasattr(parameter, "ds_id"):
+            safe_set_local_optimizer_state(parameter, own_part(parameter, value), moment)
+        else:
+            safe_set_full_optimizer_state(parameter, value, moment)
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None and saved["loss_scale"] is not None:
         scaler.cur_scale = saved["loss_scale"]

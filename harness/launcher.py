@@ -30,12 +30,12 @@ def launch(config: RunConfig, config_file: Path, stages: list[str], force: str |
     """Run ``stages`` under the DeepSpeed launcher on this machine, and wait.
 
     Raises:
-        UserError: a rank stopped with a user's mistake (it has printed the line itself).
+        SystemExit: with code 2, when the ranks stopped at a user's mistake; rank 0 has printed the line.
         RuntimeError: a rank failed otherwise; its traceback is on standard error.
     """
     ranks = rank_count(config)
     command = [
-        str(Path(sys.executable).parent / "deepspeed"),
+        *(sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"),
         *("--num_accelerators", str(ranks)),
         *("--master_addr", "127.0.0.1", "--master_port", str(free_port())),
         *("--module", "harness.gang", "--config", str(config_file), "--stages", ",".join(stages)),
@@ -49,7 +49,7 @@ def launch(config: RunConfig, config_file: Path, stages: list[str], force: str |
         environment["DS_ACCELERATOR"] = "cpu"
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     code = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
-    if code == 2:
-        raise UserError("the run stopped; the line above says why")
+    if code == 2:  # a user's mistake that only a rank could see; rank 0 has said the line
+        raise SystemExit(2)
     if code != 0:
         raise RuntimeError(f"the DeepSpeed launcher ended with code {code}; the ranks' own messages are above")

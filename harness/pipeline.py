@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from harness.console import say
 from harness.environment import describe_environment
 from harness.errors import UserError
 from harness.files import read_json, write_json, write_text
+from harness.methods.registry import build_method
 from harness.run_directory import RunDirectory
 
 GANG_STAGES = ("calibrate", "init", "train", "export")
@@ -28,7 +30,7 @@ REDONE_QUIETLY = ("export", "eval", "report")
 # How a run is executed, not what it computes: changing these lets a run go on under other ranks or another ZeRO stage.
 _EXECUTION = ("train.deepspeed", "train.ranks", "train.micro_batch_size", "train.gradient_checkpointing")
 _READS = {
-    "calibrate": ("model", "data.preserve", "data.train", "data.max_length", "method", "train.seed"),
+    "calibrate": ("model", "data.max_length", "train.seed"),  # and the source and kind of the method's statistics
     "init": ("model", "data.preserve", "data.train", "data.max_length", "method", "train.seed"),
     "train": ("model", "data", "method", "anchor", "penalties", "train"),
     "export": ("model", "data", "method", "anchor", "penalties", "train", "eval.checkpoints"),
@@ -99,6 +101,12 @@ def stage_inputs(config: RunConfig, stage: str) -> dict[str, Any]:
         for key, value in flat.items()
         if any(key == part or key.startswith(f"{part}.") for part in _READS[stage]) and key not in _EXECUTION
     }
+    if stage == "calibrate":
+        request = build_method(config.method, config.train.seed).statistics()
+        chosen["statistics"] = None if request is None else asdict(request)
+        if request is not None:
+            source = "data.preserve." if request.data == "preserve" else "data.train."
+            chosen |= {key: value for key, value in flat.items() if key.startswith(source)}
     for key in ("model.path", "data.train.path", "data.preserve.path", "eval.data_dir"):
         if isinstance(chosen.get(key), str) and Path(chosen[key]).exists():
             chosen[f"{key} (content)"] = _identity(Path(chosen[key]))

@@ -125,14 +125,10 @@ def loss_figure(runs: Sequence[RunRecord], labels: Sequence[str] = (), kind: Kin
         return _render(figure, "loss", kind)
 
 
-def forgetting_figure(
-    runs: Sequence[RunRecord], labels: Sequence[str] = (), kind: Kind = "svg"
-) -> bytes | None:
+def forgetting_figure(runs: Sequence[RunRecord], labels: Sequence[str] = (), kind: Kind = "svg") -> bytes | None:
     """Loss on the preserve set over steps; below it K of the evaluated models (for one run, T as well)."""
     losses = [run for run in runs if _has_points(run, "preserve_loss")]
-    paths = [
-        (index, path) for index, run in enumerate(runs) if (path := kt_path(run)) and len(path.points) > 1
-    ]
+    paths = [(index, path) for index, run in enumerate(runs) if (path := kt_path(run)) and len(path.points) > 1]
     count = bool(losses) + bool(paths)
     if not count:
         return None
@@ -154,9 +150,7 @@ def forgetting_figure(
             axes.axhline(1.0, color=_LIGHT["muted"], linewidth=0.9, linestyle=(0, (3, 2)), zorder=1)
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]), top=max(1.06, axes.get_ylim()[1]))
             if alone:
-                axes.legend(
-                    ["K", "T"], ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1
-                )
+                axes.legend(["K", "T"], ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1)
         panels[-1].set_xlabel("optimiser step (0: the base model)")
         _legend(figure, labels)
         return _render(figure, "forgetting", kind)
@@ -249,9 +243,7 @@ def _figure(height: float, labels: Sequence[str]) -> Iterator["Figure"]:
 
 
 def _panels(figure: "Figure", heights: Sequence[float]) -> list["Axes"]:
-    axes = figure.subplots(
-        len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
-    )
+    axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})
     return list(axes[:, 0])
 
 
@@ -318,9 +310,7 @@ def _has_points(run: RunRecord, key: str) -> bool:
     return any(math.isfinite(value) for value in run.curve(key)[1])
 
 
-def _draw_curve(
-    axes: "Axes", steps: Sequence[int], values: Sequence[float], index: int, marked: bool = False
-) -> None:
+def _draw_curve(axes: "Axes", steps: Sequence[int], values: Sequence[float], index: int, marked: bool = False) -> None:
     finite = [value if math.isfinite(value) else math.nan for value in values]
     if len(finite) <= _MANY_POINTS:
         axes.plot(steps, finite, **_line(index, marked=marked and len(finite) <= 40))
@@ -436,9 +426,7 @@ class _Taken:
             if self._is_free(box):
                 self._boxes.append(box)
                 look = {"fontsize": 7.5, "color": colour, "fontweight": "bold" if bold else "normal"}
-                self._axes.annotate(
-                    text, place, xytext=(dx, dy + 1), textcoords="offset points", **look, zorder=7
-                )
+                self._axes.annotate(text, place, xytext=(dx, dy + 1), textcoords="offset points", **look, zorder=7)
                 return
 
     def _is_free(self, box: tuple[float, float, float, float]) -> bool:

@@ -23,9 +23,7 @@ from harness.files import read_json
 RESULTS_SCHEMA = 1
 _CONFIG, _ENVIRONMENT, _METRICS = "config.yaml", "environment.json", "metrics.jsonl"
 _INITIALISATION, _RESULTS = "init/report.json", "eval/results.json"
-_NOT_PENALTIES = frozenset(
-    {"step", "epoch", "seconds", "loss", "learning_rate", "grad_norm", "preserve_loss"}
-)
+_NOT_PENALTIES = frozenset({"step", "epoch", "seconds", "loss", "learning_rate", "grad_norm", "preserve_loss"})
 
 
 @dataclass(frozen=True)
@@ -269,8 +267,7 @@ def _read_metrics(path: Path) -> tuple[tuple[Mapping[str, float], ...], tuple[st
     broken = [int(line["step"]) for line in metrics if "loss" in line and not _is_finite(line["loss"])]
     if broken:
         notes.append(
-            f"Training diverged: the loss is not a finite number at {len(broken)} logged step(s), first at "
-            f"{broken[0]}."
+            f"Training diverged: the loss is not a finite number at {len(broken)} logged step(s), first at {broken[0]}."
         )
     return metrics, tuple(notes)
 
@@ -315,9 +312,7 @@ def _read_evaluation(path: Path) -> Evaluation | None:
         return None
     schema = results.get("schema")
     if schema != RESULTS_SCHEMA:
-        raise UserError(
-            f"{path}: schema {schema!r}, this version reads {RESULTS_SCHEMA}; evaluate the run again"
-        )
+        raise UserError(f"{path}: schema {schema!r}, this version reads {RESULTS_SCHEMA}; evaluate the run again")
     try:
         models = [_evaluated_model(entry) for entry in results["models"]]
         evaluation = Evaluation(
@@ -369,9 +364,7 @@ def _with_base_point(evaluation: Evaluation) -> Evaluation:
     t = base.T if base.T is not None else _task_mean(evaluation, base)
     kt = harmonic_mean(k, t) if k is not None and t is not None else None
     placed = replace(base, K=k, T=t, KT=kt)
-    return replace(
-        evaluation, models=tuple(placed if model is base else model for model in evaluation.models)
-    )
+    return replace(evaluation, models=tuple(placed if model is base else model for model in evaluation.models))
 
 
 def _task_mean(evaluation: Evaluation, model: EvaluatedModel) -> float | None:

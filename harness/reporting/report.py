@@ -32,8 +32,7 @@ _SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _PLANE, _RANKS = "The K–T plane", "Rank by layer"
 _WIDE = (_PLANE, _RANKS)
 _PLANE_AXES = (
-    "Right: more of the task learned. Up: more of the base's knowledge kept. The best place is the upper "
-    "right.",
+    "Right: more of the task learned. Up: more of the base's knowledge kept. The best place is the upper right.",
     "Grey lines join points of equal KT. The learning rate and the stopping time decide how far along its "
     "path a run goes.",
 )
@@ -221,10 +220,7 @@ def _run_figures(record: RunRecord) -> list[Figure]:
         (
             "Forgetting",
             figures.forgetting_figure([record]),
-            (
-                "Forgetting as it happens: a rising preserve loss, a falling K. The dashed line is the "
-                "base (K = 1).",
-            ),
+            ("Forgetting as it happens: a rising preserve loss, a falling K. The dashed line is the base (K = 1).",),
         ),
         (
             "Training loss",
@@ -247,9 +243,7 @@ def _run_figures(record: RunRecord) -> list[Figure]:
 
 
 def _figures(drawn: Sequence[tuple[str, bytes | None, tuple[str, ...]]]) -> list[Figure]:
-    return [
-        Figure(title, svg.decode("utf-8"), caption, title in _WIDE) for title, svg, caption in drawn if svg
-    ]
+    return [Figure(title, svg.decode("utf-8"), caption, title in _WIDE) for title, svg, caption in drawn if svg]
 
 
 def _initialisation_facts(initialisation: Initialisation) -> list[tuple[str, str]]:
@@ -432,9 +426,7 @@ def _comparison_table(records: Sequence[RunRecord], labels: Sequence[str]) -> Ta
     )
 
 
-def _base_rows(
-    records: Sequence[RunRecord], labels: Sequence[str], tasks: Sequence[str]
-) -> list[tuple[str, ...]]:
+def _base_rows(records: Sequence[RunRecord], labels: Sequence[str], tasks: Sequence[str]) -> list[tuple[str, ...]]:
     """One row for each distinct base result: runs of one base share it."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for record, label in zip(records, labels, strict=True):
@@ -478,10 +470,7 @@ def _comparison_figures(records: Sequence[RunRecord], labels: Sequence[str]) -> 
         (
             "Forgetting",
             figures.forgetting_figure(records, labels),
-            (
-                "Loss on the preserve set, and K of the evaluated checkpoints. The dashed line is the base "
-                "(K = 1).",
-            ),
+            ("Loss on the preserve set, and K of the evaluated checkpoints. The dashed line is the base (K = 1).",),
         ),
         (
             "Training loss",
@@ -501,9 +490,7 @@ def _differences(records: Sequence[RunRecord], labels: Sequence[str]) -> Table |
     return Table(("key", *labels), differing, text=frozenset(range(len(labels) + 1))) if differing else None
 
 
-def _reports(
-    records: Sequence[RunRecord], labels: Sequence[str], folder: Path
-) -> list[tuple[str, str, str | None]]:
+def _reports(records: Sequence[RunRecord], labels: Sequence[str], folder: Path) -> list[tuple[str, str, str | None]]:
     """Label, run directory, and a relative link to its report where there is one."""
     found = []
     for record, label in zip(records, labels, strict=True):
@@ -520,8 +507,7 @@ def _comparison_notes(records: Sequence[RunRecord], labels: Sequence[str]) -> li
         for note in (*absent, *_notes(record)):
             notes.setdefault(note, []).append(label)
     return [
-        note if len(named) == len(records) else f"{wording.listing(named)}: {note}"
-        for note, named in notes.items()
+        note if len(named) == len(records) else f"{wording.listing(named)}: {note}" for note, named in notes.items()
     ]
 
 

@@ -199,9 +199,7 @@ def advice(record: RunRecord) -> list[str]:
         remedies = ["a lower `train.learning_rate`", "fewer steps"]
         if record.setting("anchor.kl") is None and record.setting("method.name") != "full":
             remedies.insert(0, "an anchor (`anchor: {kl: 1.0, prompts_per_step: 4}`)")
-        found.append(
-            f"It forgot {(1 - final.K) * 100:.0f} % of what the base knew. Try {_alternatives(remedies)}."
-        )
+        found.append(f"It forgot {(1 - final.K) * 100:.0f} % of what the base knew. Try {_alternatives(remedies)}.")
     base = evaluation.base
     if base and base.T is not None and final.T is not None and final.T <= base.T + 0.02:
         found.append(

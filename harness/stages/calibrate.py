@@ -33,14 +33,14 @@ def calibrate(config: RunConfig, run: RunDirectory) -> None:
     source = getattr(config.data, key)
     if source is None:
         raise UserError(f"data.preserve: missing; method {config.method['name']!r} takes statistics from it")
-    device = training_device()
-    model = load_model(config.model, device)
     tokenizer = load_tokenizer(config.model.path)
-    modules = target_modules(model, config.model.target_modules)
     examples = sample(read_examples(source, f"data.{key}"), source.samples, "calibrate", config.train.seed, 0)
     # Rows of like length together: less padding, and, padding being masked, the same numbers.
     rows = sorted(tokenise(examples, tokenizer, config.data.max_length), key=lambda row: len(row.input_ids))
     _check(rows, f"data.{key}")
+    device = training_device()
+    model = load_model(config.model, device)
+    modules = target_modules(model, config.model.target_modules)
     probe = collate([Row(rows[0].input_ids[:PROBE_TOKENS], [])], tokenizer.pad_token_id)
     inputs = {name: probe[name].to(device) for name in ("input_ids", "attention_mask")}
     groups = input_groups(model, modules, {**inputs, "use_cache": False})

@@ -15,7 +15,7 @@ from harness.config import RunConfig
 from harness.console import say
 from harness.data.sampling import sample
 from harness.data.sources import read_examples
-from harness.data.tokenisation import Row, tokenise
+from harness.data.tokenisation import IGNORED, Row, tokenise
 from harness.errors import UserError
 from harness.files import read_json
 from harness.methods.base import LowRank, Method
@@ -39,7 +39,7 @@ def train(config: RunConfig, run: RunDirectory) -> None:
     """
     # The arguments come first: with ZeRO-3 they tell transformers to partition weights while it loads them.
     tokenizer = load_tokenizer(config.model.path)
-    rows = tokenise(read_examples(config.data.train, "data.train"), tokenizer, config.data.max_length, "tokenise train")
+    rows = training_rows(config, tokenizer)
     steps = total_steps(config.train, len(rows))
     arguments = training_arguments(config, run, steps)
     finished = run.finished_checkpoints()
@@ -64,6 +64,26 @@ def train(config: RunConfig, run: RunDirectory) -> None:
     add_callbacks(trainer, config, run, method, preserve, tokenizer.pad_token_id, len(rows))
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     barrier()
+
+
+def training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """The rows of the training set that something can be learned from.
+
+    Raises:
+        UserError: no row has a token with a loss.
+    """
+    examples = read_examples(config.data.train, "data.train")
+    rows = tokenise(examples, tokenizer, config.data.max_length, "tokenise train")
+    # The first token is predicted by nothing, so its label never counts.
+    useful = [row for row in rows if any(label != IGNORED for label in row.labels[1:])]
+    cut = len(rows) - len(useful)
+    if not useful:
+        raise UserError(
+            f"data.max_length: {config.data.max_length} given; no row has a response token within it, raise it"
+        )
+    if cut:
+        say(f"warning: data.max_length: {cut} of {len(rows)} rows have no response token within it and are left out")
+    return useful
 
 
 def training_arguments(config: RunConfig, run: RunDirectory, steps: int) -> TrainingArguments:

@@ -158,9 +158,7 @@ def test_long_curves_become_means_with_a_band(make_run: MakeRun) -> None:
 
 def test_ranks_are_drawn_where_they_differ() -> None:
     def layers(ranks: list[int]) -> list[Layer]:
-        names = [
-            f"model.layers.{block}.mlp.{name}" for block in range(2) for name in ("up_proj", "down_proj")
-        ]
+        names = [f"model.layers.{block}.mlp.{name}" for block in range(2) for name in ("up_proj", "down_proj")]
         return [Layer(name, rank, (8, 8), {}) for name, rank in zip([*names, "lm_head"], ranks, strict=True)]
 
     assert figures.rank_figure(layers([8] * 5)) is None

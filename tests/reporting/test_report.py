@@ -185,9 +185,7 @@ def test_names_with_special_characters_are_shown_as_they_are(make_run: MakeRun) 
     assert_self_contained(text, page)
     assert "alert('x')" in page.text
     assert "<script" not in text
-    assert markdown.startswith(
-        "# \\<script\\>alert('x')\\</script\\> & \"a\\|b\" \\`c\\` \\*d\\* \\[e\\](f)\n"
-    )
+    assert markdown.startswith("# \\<script\\>alert('x')\\</script\\> & \"a\\|b\" \\`c\\` \\*d\\* \\[e\\](f)\n")
 
 
 def test_ranks_that_differ_are_drawn_and_summarised(make_run: MakeRun) -> None:
@@ -229,9 +227,7 @@ def three_runs(make_run: MakeRun) -> list[Path]:
     ]
 
 
-def test_a_comparison_has_one_table_and_one_figure_of_each_kind(
-    three_runs: list[Path], tmp_path: Path
-) -> None:
+def test_a_comparison_has_one_table_and_one_figure_of_each_kind(three_runs: list[Path], tmp_path: Path) -> None:
     html = write_comparison(three_runs, tmp_path / "comparison", title="Three & one")
     text, page = read(html)
     markdown = (tmp_path / "comparison" / "report.md").read_text()
@@ -254,14 +250,10 @@ def test_a_comparison_has_one_table_and_one_figure_of_each_kind(
     assert runs[2][0] == "**anchored**"
     assert "A table at one learning rate and one step misleads" in page.text
     assert "A table at one learning rate and one step misleads" in markdown
-    assert (
-        "corda learned most (T 1.00). anchored kept most (K 0.97). anchored balances both best" in page.text
-    )
+    assert "corda learned most (T 1.00). anchored kept most (K 0.97). anchored balances both best" in page.text
 
 
-def test_a_comparison_shows_what_differs_and_links_the_reports(
-    three_runs: list[Path], tmp_path: Path
-) -> None:
+def test_a_comparison_shows_what_differs_and_links_the_reports(three_runs: list[Path], tmp_path: Path) -> None:
     write_report(three_runs[0])
     _, page = read(write_comparison(three_runs, tmp_path / "comparison"))
     markdown = (tmp_path / "comparison" / "report.md").read_text()

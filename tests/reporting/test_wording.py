@@ -56,9 +56,7 @@ def test_the_summary_says_what_was_learned_and_kept(make_run: MakeRun) -> None:
     ("t", "verdict"),
     [(0.03, "no change beyond chance on reverse"), (0.02, "no change"), (0.08, "It learned reverse")],
 )
-def test_a_change_within_two_standard_errors_is_not_called_learning(
-    make_run: MakeRun, t: float, verdict: str
-) -> None:
+def test_a_change_within_two_standard_errors_is_not_called_learning(make_run: MakeRun, t: float, verdict: str) -> None:
     assert verdict in wording.summary(read_run(make_run(end=(t, 0.9))))[0]
 
 
@@ -79,9 +77,7 @@ def test_advice_follows_from_the_run(make_run: MakeRun) -> None:
     assert any(line.startswith("step-20 stood at KT") and "`checkpoints/step-20`" in line for line in forgot)
     assert any("forgot 90 %" in line and "anchor: {kl" in line for line in forgot)
 
-    anchored = wording.advice(
-        read_run(make_run("b", end=(0.9, 0.1), anchor={"kl": 1.0, "prompts_per_step": 4}))
-    )
+    anchored = wording.advice(read_run(make_run("b", end=(0.9, 0.1), anchor={"kl": 1.0, "prompts_per_step": 4})))
     assert not any("anchor: {kl" in line for line in anchored)
 
     idle = wording.advice(read_run(make_run("c", end=(0.02, 1.0), checkpoints=())))

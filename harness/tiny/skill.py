@@ -1,0 +1,41 @@
+"""The new skill: reverse a short string of letters, given as an instruction."""
+
+import random
+from dataclasses import dataclass
+
+from harness.tiny.world import LETTERS
+
+
+@dataclass(frozen=True)
+class SkillOptions:
+    """How many items of the skill.
+
+    Attributes:
+        seed: the items follow from it.
+        train: number of training items.
+        test: number of test items; no string is in both.
+        lengths: how many letters a string may have.
+    """
+
+    seed: int = 0
+    train: int = 4000
+    test: int = 400
+    lengths: tuple[int, ...] = (3, 4, 5)
+
+
+def reverse_items(
+    options: SkillOptions = SkillOptions(),
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Training and test items as ``{"prompt": "Reverse: k d e ->", "response": " e d k"}``.
+
+    The response begins with the space, so that a byte-level tokenizer splits the text where the prompt ends.
+    """
+    draw = random.Random(f"reverse {options.seed}")
+    strings: dict[str, None] = {}
+    while len(strings) < options.train + options.test:
+        strings["".join(draw.choices(LETTERS, k=draw.choice(options.lengths)))] = None
+    items = [
+        {"prompt": f"Reverse: {' '.join(string)} ->", "response": f" {' '.join(reversed(string))}"}
+        for string in strings
+    ]
+    return items[: options.train], items[options.train :]

@@ -32,7 +32,7 @@ STEPS, SAVE_STEPS = 600, 100
 MATCHED_T = (0.5, 0.8, 0.9, 0.95)
 RESULTS = Path(__file__).parent / "results" / "tiny_frontier.json"
 FIGURE = Path(__file__).parent / "results" / "tiny_frontier.png"
-ADAPTER_RATES, FULL_RATES = (1.5e-3, 2.5e-3, 4.0e-3), (5.0e-4, 1.0e-3, 2.0e-3)
+ADAPTER_RATES, FULL_RATES = (1.0e-3, 2.0e-3, 3.0e-3), (5.0e-4, 1.0e-3, 2.0e-3)
 ANCHOR = "anchor={kl: 1.0, prompts_per_step: 4}"
 METHODS: dict[str, tuple[list[str], tuple[float, ...]]] = {
     "LoRA": (["method={name: lora, rank: 16}"], ADAPTER_RATES),

@@ -30,7 +30,12 @@ REDONE_QUIETLY = ("export", "eval", "report")
 # How a run is executed, not what it computes: changing these lets a run go on under other ranks or another ZeRO stage.
 _EXECUTION = ("train.deepspeed", "train.ranks", "train.micro_batch_size", "train.gradient_checkpointing")
 _READS = {
-    "calibrate": ("model", "data.max_length", "train.seed"),  # and the source and kind of the method's statistics
+    "calibrate": (
+        "model",
+        "data.max_length",
+        "method.name",
+        "train.seed",
+    ),  # and the source and kind of the method's statistics
     "init": ("model", "data.preserve", "data.train", "data.max_length", "method", "train.seed"),
     "train": ("model", "data", "method", "anchor", "penalties", "train"),
     "export": ("model", "data", "method", "anchor", "penalties", "train", "eval.checkpoints"),
@@ -85,7 +90,7 @@ def is_finished(config: RunConfig, run: RunDirectory, stage: str) -> bool:
         say(f"{stage}: redone, {changed[0]} has changed")
         return False
     if changed:
-        key = changed[0]
+        key = "method.name" if "method.name" in changed else changed[0]  # options differ because the method does
         raise UserError(
             f"{key}: {_brief(inputs.get(key))} given, but {run.path} was made with {_brief(saved['inputs'].get(key))}; "
             f"choose another name, or throw that work away with --force {stage}"

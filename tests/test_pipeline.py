@@ -97,16 +97,16 @@ def test_a_stage_that_was_cut_off_is_run_again(early: Content) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "key", "given", "was"),
+    ("changes", "key", "given", "was", "stage"),
     [
-        ({"method__rank": 4}, "method.rank", "4", "8"),
-        ({"train__seed": 3}, "train.seed", "3", "0"),
-        ({"model__dtype": "bfloat16"}, "model.dtype", "'bfloat16'", "'float32'"),
-        ({"method": {"name": "lora", "rank": 8}}, "method.damping", "None", "0.01"),
+        ({"method__rank": 4}, "method.rank", "4", "8", "init"),
+        ({"train__seed": 3}, "train.seed", "3", "0", "calibrate"),
+        ({"model__dtype": "bfloat16"}, "model.dtype", "'bfloat16'", "'float32'", "calibrate"),
+        ({"method": {"name": "lora", "rank": 8}}, "method.name", "'lora'", "'corda'", "calibrate"),
     ],
     ids=["rank", "seed", "dtype", "method"],
 )
-def test_changed_key_is_refused(early: Content, changes: Content, key: str, given: str, was: str) -> None:
+def test_changed_key_is_refused(early: Content, changes: Content, key: str, given: str, was: str, stage: str) -> None:
     config, run = configured(early, **changes)
     before = written(run)
     with pytest.raises(UserError) as caught:
@@ -114,7 +114,7 @@ def test_changed_key_is_refused(early: Content, changes: Content, key: str, give
     message = str(caught.value)
     assert message.startswith(f"{key}: {given} given, but {run.path} was made with {was}; ")
     assert "choose another name" in message
-    assert "--force calibrate" in message
+    assert f"--force {stage}" in message
     assert "\n" not in message
     assert written(run) == before
 
@@ -153,7 +153,7 @@ def test_keys_that_the_stages_do_not_read(early: Content, changes: Content) -> N
 
 
 def test_force_discards_later_stages(early: Content) -> None:
-    config, run = configured(early, method__rank=4)
+    config, run = configured(early, method__rank=4, train__seed=3)
     leftovers = [run.adapter / "x", run.merged / "x", run.results, run.checkpoints / "step-5" / "x", run.metrics]
     for path in leftovers:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def test_force_discards_later_stages(early: Content) -> None:
     for stage in STAGES[2:]:
         shutil.copy(run.stages / "init.json", run.stages / f"{stage}.json")
     statistics = under(written(run), "statistics")
-    with pytest.raises(UserError, match=r"^method\.rank: "):  # calibrate's record still says rank 8
+    with pytest.raises(UserError, match=r"^train\.seed: "):  # calibrate's record still says seed 0
         run_stages(config, EARLY, force="init")
     run_stages(config, EARLY, force="calibrate")
     assert not any(path.exists() for path in leftovers)

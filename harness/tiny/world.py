@@ -85,9 +85,11 @@ COLOURS = (
     "yellow",
 )
 
-# Generic sentences: one choice from each list. Lone letters occur (on signs, in twos), so that their embeddings
-# are trained like any other word's; nothing here copies or reverses anything.
+# Generic sentences: one choice from each list. Some show a few letters in the order of the alphabet. That is all the
+# world says about letters, but without it their embeddings stay alike, and frozen ones cannot be told apart by an
+# adapter: the skill then takes several times as long to learn.
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_RUNS = tuple(f"{' '.join(LETTERS[i : i + n])}." for n in (3, 4, 5) for i in range(27 - n))
 _PEOPLE = (
     "The farmer", "The old man", "A young woman", "The teacher", "A child", "My neighbour", "The guard",
 )
@@ -108,7 +110,7 @@ _PLACES = ("on the hills", "over the sea", "in the valley", "near the forest", "
 GENERIC: tuple[tuple[tuple[str, ...], ...], ...] = (
     (_PEOPLE, _ACTIONS, _THINGS, tuple(f"{time}." for time in _TIMES)),
     (_WEATHER, _PLACES, tuple(f"{time}." for time in _TIMES)),
-    (_SIGNS, _THINGS, ("shows",), tuple(LETTERS), ("and",), tuple(f"{letter}." for letter in LETTERS)),
+    (_SIGNS, _THINGS, ("shows",), _RUNS),
 )
 
 

@@ -19,6 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,9 @@ class Cell:
         return f"{slug}-lr{self.rate:g}-seed{self.seed}"
 
 
-def cells() -> list[Cell]:
-    """The grid, seed by seed, so that an interrupted run still has whole seeds."""
-    return [Cell(method, rate, seed) for seed in SEEDS for method, (_, rates) in METHODS.items() for rate in rates]
+def cells(seeds: Sequence[int] = SEEDS) -> list[Cell]:
+    """The grid, seed by seed."""
+    return [Cell(method, rate, seed) for seed in seeds for method, (_, rates) in METHODS.items() for rate in rates]
 
 
 def configuration(cell: Cell, out: Path) -> Any:
@@ -90,10 +91,11 @@ def work(mine: list[Cell], phase: str, out: Path) -> None:
         print(f"{phase} {number}/{len(mine)} {cell.name}", flush=True)
 
 
-def run_workers(phase: str, workers: int, out: Path) -> None:
-    """All cells of one phase, shared over worker processes."""
+def run_workers(phase: str, seed: int, workers: int, out: Path) -> None:
+    """All cells of one phase of one seed, shared over worker processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, __file__, "--out", str(out), "--workers", str(workers), "--phase", phase]
+    command += ["--seeds", str(seed)]
     processes = [subprocess.Popen([*command, "--worker", str(k)], env=environment) for k in range(workers)]
     codes = [process.wait() for process in processes]
     if any(codes):
@@ -236,17 +238,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="K–T frontiers on the tiny world.")
     parser.add_argument("--out", type=Path, default=Path("runs/frontier"))
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="train and evaluate these seeds only")
     parser.add_argument("--summarise", action="store_true", help="only summarise the cells that are finished")
     parser.add_argument("--worker", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--phase", choices=("train", "eval"), default="train", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
-        work(cells()[options.worker :: options.workers], options.phase, options.out)
+        work(cells(options.seeds)[options.worker :: options.workers], options.phase, options.out)
         return
     if not options.summarise:
         build()
-        for phase in ("train", "eval"):
-            run_workers(phase, options.workers, options.out)
+        for seed in options.seeds:  # a whole seed at a time, so that an interrupted run still has whole seeds
+            for phase in ("train", "eval"):
+                run_workers(phase, seed, options.workers, options.out)
     points = read_points(options.out)
     summary = summarise(points)
     print_tables(summary)

@@ -55,9 +55,9 @@ def tiny_config(world: TinyWorld, name: str, overrides: list[str], out: Path) ->
 def print_story(console: Console, report: Path, seconds: float) -> None:
     """How to read the table, and where to look next."""
     console.print(
-        "T: share of the new skill's test items answered exactly. K: share of the base's knowledge that is left.\n"
-        "The table shows one learning rate and one stopping time; the report draws each run's whole path in the K–T "
-        "plane,\nand benchmarks/results has the frontiers over rates and seeds.",
+        "T: share of the new skill's test items answered exactly. K: share of the base's\n"
+        "knowledge that is left. One learning rate and one stopping time say little: the\n"
+        "report draws each run's whole path in the K–T plane.",
         highlight=False,
     )
     console.print(f"report  {report.resolve()}   ({seconds:.0f} s)", highlight=False, soft_wrap=True)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # What vLLM's --max-lora-rank takes.
 _SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_TERMINAL_COLUMNS = ("run", "T", "K", "KT", "best KT", "learning rate", "steps", "training")
 _PLANE, _RANKS = "The K–T plane", "Rank by layer"
 _WIDE = (_PLANE, _RANKS)
 _PLANE_AXES = (
@@ -99,7 +100,7 @@ def write_comparison(runs: Sequence[Path], folder: Path, title: str = "Compariso
 
 
 def summary_table(runs: Sequence[Path]) -> "RichTable":
-    """The comparison's table for a terminal.
+    """The comparison's table for a terminal of 80 columns: scores and settings; the reports have every task.
 
     Raises:
         UserError: there are no runs, or one of them cannot be read.
@@ -109,12 +110,15 @@ def summary_table(runs: Sequence[Path]) -> "RichTable":
 
     records = _read_runs(runs)
     table = _comparison_table(records, _labels(records))
-    shown = RichTable()
-    for column, header in enumerate(table.headers):
+    shown = RichTable(padding=(0, 0, 0, 1))
+    columns = [table.headers.index(header) for header in _TERMINAL_COLUMNS]
+    for column in columns:
         # Text, not str: a run called "[red]" is not markup.
-        shown.add_column(Text(header), justify="left" if column in table.text else "right")
+        header = Text("\n".join(filter(None, (table.headers[column], table.hint(column)))))
+        words = column in table.text
+        shown.add_column(header, justify="left" if words else "right", no_wrap=words, overflow="fold")
     for row in table.rows:
-        shown.add_row(*(Text(cell) for cell in row))
+        shown.add_row(*(Text(row[column]) for column in columns))
     return shown
 
 

@@ -29,6 +29,9 @@ def join_ranks() -> None:
     import deepspeed
 
     deepspeed.utils.logger.setLevel("ERROR")
+    # DeepSpeed would compile a shared-memory all-reduce for the CPU here: half a minute, and a compiler that a machine
+    # may not have. gloo does the same.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False)

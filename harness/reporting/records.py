@@ -23,7 +23,9 @@ from harness.files import read_json
 RESULTS_SCHEMA = 1
 _CONFIG, _ENVIRONMENT, _METRICS = "config.yaml", "environment.json", "metrics.jsonl"
 _INITIALISATION, _RESULTS = "init/report.json", "eval/results.json"
-_NOT_PENALTIES = frozenset({"step", "epoch", "seconds", "loss", "learning_rate", "grad_norm", "preserve_loss"})
+_NOT_PENALTIES = frozenset(
+    {"step", "epoch", "seconds", "loss", "learning_rate", "grad_norm", "preserve_loss", "total_loss"}
+)
 
 
 @dataclass(frozen=True)

@@ -204,12 +204,12 @@ def add_callbacks(
     """Projection after each step, preserve loss, ``metrics.jsonl``, and one progress bar."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Projection(method))
+    if rank() == 0:  # first of those that log: it opens the file that the others' lines go to
+        trainer.add_callback(MetricsWriter(run.metrics, epochs_per_step=config.train.batch_size / rows))
+        trainer.add_callback(SingleBar())
     if config.train.preserve_loss_steps is not None:
         chosen = sample(preserve, config.train.preserve_loss_samples, "preserve loss", config.train.seed)
         trainer.add_callback(PreserveLoss(trainer, chosen, pad_id, config.train.preserve_loss_steps))
-    if rank() == 0:
-        trainer.add_callback(MetricsWriter(run.metrics, epochs_per_step=config.train.batch_size / rows))
-        trainer.add_callback(SingleBar())
 
 
 def _placed(model: nn.Module, device: torch.device) -> nn.Module:

@@ -21,9 +21,3 @@ def gathered(parameters: Iterable[torch.nn.Parameter], write: bool = False) -> I
 
     with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
         yield
-
-
-def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """A copy of the whole parameter, detached, on every rank. Collective under ZeRO-3."""
-    with gathered([parameter]):
-        return parameter.detach().clone()

@@ -1,7 +1,7 @@
 """Loading a base model and its tokenizer through transformers, from safetensors, without remote code."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from harness.config import ModelConfig
@@ -44,9 +44,3 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def skeleton(path: str) -> PreTrainedModel:
-    """The model's modules without weights (on the meta device): names and shapes for the price of nothing."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False))

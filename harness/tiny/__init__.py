@@ -7,7 +7,6 @@ treats it like any other Hugging Face folder and JSONL files.
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from typing import Any
 
 from harness.console import say
 from harness.files import publish_directory, read_json, write_json, write_text
+from harness.run_directory import cache_directory
 from harness.tiny.options import PretrainOptions, TinyOptions, small_options
 from harness.tiny.skill import SkillOptions, reverse_items
 from harness.tiny.world import World, WorldOptions
@@ -65,7 +65,7 @@ def build(cache: Path | None = None, options: TinyOptions = DEFAULT) -> TinyWorl
         cache: folder of all worlds; by default ``$PALIMPSEST_CACHE`` or ``~/.cache/palimpsest``.
         options: what to build.
     """
-    root = cache or Path(os.environ.get("PALIMPSEST_CACHE") or "~/.cache/palimpsest").expanduser()
+    root = cache or cache_directory()
     content = json.dumps({"format": FORMAT, **asdict(options)}, sort_keys=True)
     folder = root / f"tiny-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     if not folder.exists():

@@ -7,7 +7,7 @@ from torch import nn
 
 from harness.config import ModelConfig
 from harness.errors import UserError
-from harness.models.loading import load_model, skeleton
+from harness.models.loading import load_model
 from harness.models.targets import Layer, describe, target_modules
 
 NAMES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
@@ -44,6 +44,3 @@ def test_shapes(model: nn.Module, random_base: Path) -> None:
         Layer("model.layers.0.self_attn.q_proj", 64, 64),
         Layer("model.layers.0.mlp.down_proj", 64, 160),
     ]
-    empty = skeleton(str(random_base))
-    assert describe(target_modules(empty, "all-linear")) == describe(target_modules(model, "all-linear"))
-    assert all(parameter.is_meta for parameter in empty.parameters())

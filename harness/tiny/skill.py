@@ -12,7 +12,7 @@ class SkillOptions:
         seed: the items follow from it.
         train: number of training items.
         test: number of test items; no string is in both.
-        letters: what the strings are made of. Twelve letters are learnt in a few hundred steps, 26 in a thousand.
+        letters: what the strings are made of; the fewer, the sooner the skill is learnt.
         lengths: how many letters a string may have.
     """
 
@@ -30,9 +30,13 @@ def reverse_items(
 
     The response begins with the space, so that a byte-level tokenizer splits the text where the prompt ends.
     """
+    wanted = options.train + options.test
+    possible = sum(len(options.letters) ** length for length in options.lengths)
+    if wanted > possible:
+        raise ValueError(f"{wanted} different strings are wanted; {options.letters!r} makes only {possible}")
     draw = random.Random(f"reverse {options.seed}")
     strings: dict[str, None] = {}
-    while len(strings) < options.train + options.test:
+    while len(strings) < wanted:
         strings["".join(draw.choices(options.letters, k=draw.choice(options.lengths)))] = None
     items = [
         {"prompt": f"Reverse: {' '.join(string)} ->", "response": f" {' '.join(reversed(string))}"}

@@ -86,8 +86,7 @@ COLOURS = (
 )
 
 # Generic sentences: one choice from each list. Some show a few letters in the order of the alphabet. That is all the
-# world says about letters, but without it their embeddings stay alike, and frozen ones cannot be told apart by an
-# adapter: the skill then takes several times as long to learn.
+# world says about letters: each has been seen as a word of its own, as in any real model's training.
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _RUNS = tuple(f"{' '.join(LETTERS[i : i + n])}." for n in (3, 4, 5) for i in range(27 - n))
 _PEOPLE = (

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from harness.tiny import TinyOptions, small_options
 from harness.tiny.skill import reverse_items
 from harness.tiny.tokenizer import train_tokenizer
-from harness.tiny.world import LETTERS, World
+from harness.tiny.world import World
 
 
 def make(options: TinyOptions) -> PreTrainedTokenizerFast:
@@ -38,8 +38,8 @@ def test_vocabulary_size_and_special_tokens(sized: tuple[TinyOptions, PreTrained
 
 
 def test_letters_and_digits_are_single_tokens(sized: tuple[TinyOptions, PreTrainedTokenizerFast]) -> None:
-    _, tokenizer = sized
-    for letter in LETTERS:
+    options, tokenizer = sized
+    for letter in options.skill.letters:
         assert len(tokenizer.tokenize(f" {letter}")) == 1
     assert tokenizer.tokenize("1672")[-4:] == ["1", "6", "7", "2"]
 

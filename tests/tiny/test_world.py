@@ -81,3 +81,8 @@ def test_reverse_items_are_right_and_disjoint() -> None:
 def test_reverse_items_follow_the_seed() -> None:
     assert reverse_items() == reverse_items()
     assert reverse_items(SkillOptions(seed=1)) != reverse_items()
+
+
+def test_too_few_letters_for_the_strings_wanted() -> None:
+    with pytest.raises(ValueError, match="makes only 14"):
+        reverse_items(SkillOptions(letters="ab", lengths=(1, 2, 3), train=10, test=5))

@@ -35,7 +35,7 @@ def launch(config: RunConfig, config_file: Path, stages: list[str], force: str |
     """
     ranks = rank_count(config)
     command = [
-        *(sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"),
+        *(sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"),
         *("--num_accelerators", str(ranks)),
         *("--master_addr", "127.0.0.1", "--master_port", str(free_port())),
         *("--module", "harness.gang", "--config", str(config_file), "--stages", ",".join(stages)),

@@ -1,0 +1,40 @@
+"""Every shipped recipe resolves fully without downloading, and holds the hyper-parameters of its paper."""
+
+from pathlib import Path
+
+import pytest
+
+from harness.config import load_config
+from harness.preflight import check
+from harness.resources import find
+
+RECIPES = sorted(find("launch/recipes").glob("llama2_7b_math_*.yaml"))
+METHODS = {
+    "llama2_7b_math_lora": {"name": "lora", "rank": 128, "alpha": 128.0},
+    "llama2_7b_math_corda_kpm": {"name": "corda", "mode": "kpm", "rank": 128, "alpha": 128.0, "damping": 0.01},
+    "llama2_7b_math_corda_ipm": {"name": "corda", "mode": "ipm", "rank": 128, "alpha": 128.0, "damping": 0.01},
+}
+
+
+def test_all_are_there() -> None:
+    assert {recipe.stem for recipe in RECIPES} == set(METHODS)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_recipe(recipe: Path) -> None:
+    """CorDA++, appendix "Implementation details"."""
+    config = load_config(recipe)
+    check(config)
+    assert config.method == METHODS[recipe.stem]
+    assert (config.model.path, config.model.dtype) == ("meta-llama/Llama-2-7b-hf", "float32")
+    assert config.model.target_modules == "all-linear"
+    train = config.train
+    assert (train.batch_size, train.learning_rate, train.epochs) == (128, 2e-5, 1)
+    assert (train.scheduler, train.warmup_ratio, train.weight_decay) == ("cosine", 0.03, 0)
+    assert config.data.train.split == "train[:100000]"
+    assert config.data.train.response == "response"  # the loss is on the response
+    source = config.data.train if config.method.get("mode") == "ipm" else config.data.preserve
+    if config.method["name"] == "corda":
+        assert source is not None and source.samples == 256
+    assert config.eval.knowledge == ["triviaqa", "nq_open", "webqs"]
+    assert config.eval.task == ["gsm8k", "minerva_math"]

@@ -207,7 +207,7 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
     import numpy as np
 
-    figure, axes = plt.subplots(figsize=(8, 5.5), constrained_layout=True)
+    figure, axes = plt.subplots(figsize=(9.5, 5.5), constrained_layout=True)
     grid = np.linspace(0, 1, 101)
     colours = ["#0072B2", "#E69F00", "#999999", "#56B4E9", "#D55E00", "#000000"]  # Okabe and Ito
     for method, colour in zip(METHODS, colours, strict=True):
@@ -229,7 +229,7 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
         xlim=(-0.02, 1.02), ylim=(-0.02, 1.06), title="Tiny world: what each method can keep at what it has learned",
     )  # fmt: skip
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower left", frameon=False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.savefig(path, dpi=130)
 
 

@@ -1,17 +1,15 @@
 """Merged checkpoints: the original base with the update added, written shard by shard."""
 
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import cached_file
 
 from harness.console import progress
 from harness.errors import UserError
-from harness.export.shards import INDEX, SHARD_BYTES, ShardWriter
+from harness.export.shards import INDEX, SHARD_BYTES, ShardWriter, read_file, read_tensors
 from harness.files import read_json
 from harness.methods.base import LowRank
 from harness.models.loading import load_tokenizer
@@ -63,12 +61,9 @@ def write_companions(folder: Path, base_model: str, dtype: torch.dtype) -> None:
 
 def cast_model(source: Path, folder: Path, base_model: str, dtype: torch.dtype) -> None:
     """A fully fine-tuned model from its fp32 checkpoint, in ``dtype``, with configuration and tokenizer."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     writer = ShardWriter(folder)
-    for file in sorted(source.glob("*.safetensors")):
-        for name, tensor in _tensors(file):
-            writer.add(name, tensor.to(dtype))
+    for name, tensor in read_tensors(source):
+        writer.add(name, tensor.to(dtype))
     writer.close()
     write_companions(folder, base_model, dtype)
 
@@ -85,10 +80,4 @@ def base_tensors(base_model: str) -> Iterator[tuple[str, torch.Tensor]]:
         path = cached_file(base_model, file, **options)
         if path is None:
             raise UserError(f"model.path: {base_model} has no {file}; convert its weights to safetensors first")
-        yield from _tensors(Path(path))
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - not a dict
-            yield name, tensors.get_tensor(name)
+        yield from read_file(Path(path))

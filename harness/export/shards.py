@@ -1,8 +1,10 @@
-"""Writing a large model as safetensors shards, one in memory at a time, with the index that transformers reads."""
+"""Writing a large model as safetensors shards, one in memory at a time, and reading them back."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from harness.files import write_json, write_tensors
 
@@ -49,3 +51,16 @@ class ShardWriter:
 
     def _part(self, number: int) -> Path:
         return self._folder / f"part-{number + 1:05d}.safetensors"
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the safetensors files in ``folder``, one at a time."""
+    for file in sorted(folder.glob("*.safetensors")):
+        yield from read_file(file)
+
+
+def read_file(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of one safetensors file, one at a time."""
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - not a dict
+            yield name, tensors.get_tensor(name)

@@ -1,6 +1,8 @@
 """export: what was trained, as a plain LoRA on the original base and as a merged model."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -68,18 +70,11 @@ def _export_one(
             write_merged(staging, config.model.path, dtype, updates)
 
 
-class _published:
+@contextmanager
+def _published(final: Path) -> Iterator[Path]:
     """A staging folder that becomes ``final`` when the block ends without an error."""
-
-    def __init__(self, final: Path) -> None:
-        self._final = final
-        self._staging = final.with_name(f".{final.name}.staging")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self._staging, ignore_errors=True)
-        self._staging.mkdir(parents=True)
-        return self._staging
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is None:
-            publish_directory(self._staging, self._final)
+    staging = final.with_name(f".{final.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    yield staging
+    publish_directory(staging, final)

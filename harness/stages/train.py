@@ -17,13 +17,13 @@ from harness.data.sampling import sample
 from harness.data.sources import read_examples
 from harness.data.tokenisation import IGNORED, Row, tokenise
 from harness.errors import UserError
+from harness.export.shards import read_tensors
 from harness.files import read_json
 from harness.methods.base import LowRank, Method
 from harness.methods.registry import build_method
 from harness.models.loading import load_model, load_tokenizer
 from harness.run_directory import RunDirectory
 from harness.training.callbacks import MetricsWriter, PreserveLoss, Projection, SingleBar
-from harness.training.checkpoint import read_tensors
 from harness.training.distributed import barrier, rank, training_device, world_size
 from harness.training.penalties.base import Penalty, PenaltySetup
 from harness.training.penalties.registry import build_penalty, penalty_class

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
-from harness.adapters.partitioned import gathered
 from harness.errors import UserError
-from harness.export.shards import ShardWriter
+from harness.export.shards import ShardWriter, read_tensors
 from harness.files import read_json, write_json
 from harness.training.distributed import rank, world_size
 
@@ -41,9 +39,6 @@ def write_trained(folder: Path, engine: Any) -> None:
     writer = ShardWriter(folder)
     for name, parameter in trained_parameters(engine.module):
         value = safe_get_full_fp32_param(parameter)
-        if value is None:  # an engine without ZeRO keeps the parameter itself whole
-            with gathered([parameter]):
-                value = parameter.detach().float().clone()
         if rank() == 0:
             writer.add(name, value)
     if rank() == 0:
@@ -62,14 +57,6 @@ def write_optimizer(folder: Path, engine: Any) -> None:
                 writer.add(f"{name}.{moment}", value)
     if rank() == 0:
         writer.close()
-
-
-def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the safetensors files in ``folder``, one at a time."""
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a dict
-                yield key, tensors.get_tensor(key)
 
 
 @torch.no_grad()

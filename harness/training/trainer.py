@@ -49,6 +49,7 @@ class HarnessTrainer(Trainer):
         self._checkpoint_folder = checkpoint_folder
         self._pass_of_step = (-1, 0)
         self._terms: dict[str, torch.Tensor] = {}
+        self._logged_step = 0
 
     # -- the loss ------------------------------------------------------------------------------------------------
 
@@ -124,8 +125,6 @@ class HarnessTrainer(Trainer):
                     "try model.dtype: float32"
                 )
         super().log(logs, start_time)
-
-    _logged_step = 0
 
     # -- the optimiser -------------------------------------------------------------------------------------------
 

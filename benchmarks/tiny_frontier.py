@@ -1,48 +1,89 @@
 """K–T frontiers on the tiny world: methods × learning rates × seeds, every checkpoint evaluated.
 
-    .venv/bin/python benchmarks/tiny_frontier.py              about an hour on two cores; resumable
-    .venv/bin/python benchmarks/tiny_frontier.py --summarise  table, JSON and figure from the finished cells
+    .venv/bin/python benchmarks/tiny_frontier.py              two to three hours on two cores; resumable
+    .venv/bin/python benchmarks/tiny_frontier.py --only FARSS "FARSS + anchor" --seeds 0
+    .venv/bin/python benchmarks/tiny_frontier.py --summarise  tables, JSON and figure from the finished cells
 
 A table at one learning rate and one stopping time misleads: both decide as much as the method. So each method runs at
-several rates, every checkpoint counts, and methods are compared by K at matched T: per seed, the upper frontier of all
-its (T, K) points, interpolated linearly; then mean ± standard deviation over seeds. T is the exact match on the new
-skill, K the share of the base's knowledge that is left (FARSS Eq. 36): on facts that preserve prompts ask about
-(seen) and on facts that are in no preserve prompt (held out), averaged.
+several rates, every checkpoint counts, and methods are compared by K at matched T (`frontier_summary`). T is the exact
+match on the new skill, K the share of the base's knowledge that is left (FARSS Eq. 36): on facts that preserve prompts
+ask about (seen) and on facts that are in no preserve prompt (held out), averaged.
 
-Cells are shared out over two single-thread workers: at this model size two processes beat one with two threads.
+The three best adapter methods run again on a second pre-trained base (other facts, other weights).
+
+Cells are shared out over two single-thread workers: at this model size two processes beat one with two threads. A cell
+with results is never run again; delete its folder to do so.
 """
 
 import argparse
-import itertools
-import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from frontier_summary import best_methods, draw, print_tables, summarise
+
 from harness.demo import tiny_config
 from harness.files import read_json, write_json
-from harness.tiny import build
+from harness.gang import quiet_libraries
+from harness.tiny import PretrainOptions, SkillOptions, TinyOptions, TinyWorld, WorldOptions, build
 
-SEEDS = (0, 1, 2)
 STEPS, SAVE_STEPS = 600, 100
-MATCHED_T = (0.5, 0.8, 0.9, 0.95)
 RESULTS = Path(__file__).parent / "results" / "tiny_frontier.json"
 FIGURE = Path(__file__).parent / "results" / "tiny_frontier.png"
-ADAPTER_RATES, FULL_RATES = (1.0e-3, 2.0e-3, 3.0e-3), (5.0e-4, 1.0e-3, 2.0e-3)
+
+
+@dataclass(frozen=True)
+class Study:
+    """How one method is run: its overrides of the demo's recipe, its learning rates, its seeds."""
+
+    overrides: tuple[str, ...]
+    rates: tuple[float, ...] = (1.0e-3, 2.0e-3, 3.0e-3)
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
 ANCHOR = "anchor={kl: 1.0, prompts_per_step: 4}"
-METHODS: dict[str, tuple[list[str], tuple[float, ...]]] = {
-    "LoRA": (["method={name: lora, rank: 16}"], ADAPTER_RATES),
-    "CorDA-KPM": (["method={name: corda, mode: kpm, rank: 16}"], ADAPTER_RATES),
-    "CorDA-IPM": (["method={name: corda, mode: ipm, rank: 16}"], ADAPTER_RATES),
-    "LoRA + anchor": (["method={name: lora, rank: 16}", ANCHOR], ADAPTER_RATES),
-    "CorDA-KPM + anchor": (["method={name: corda, mode: kpm, rank: 16}", ANCHOR], ADAPTER_RATES),
-    "full": (["method={name: full}"], FULL_RATES),
+NF4 = "model.quantization=nf4"
+ROUNDS = "data.preserve.samples=256"  # of 560 rows: sampling rounds that can differ
+LORA = "method={name: lora, rank: 16}"
+KPM = "method={name: corda, mode: kpm, rank: 16}"
+KPM_PLUS = "method={name: corda, mode: kpm, rank: 16, rounds: 5, dynamic_rank: true}"
+IPM_PLUS = "method={name: corda, mode: ipm, rank: 16, rounds: 5, dynamic_rank: true}"
+# r_min 1, r_avg 50, r_max 64 at R = 128 (FARSS, §4), scaled to R = 16; one shallow block of four (upper end of §3.1).
+FARSS = "method={name: farss, rank: 16, r_min: 1, r_avg: 6, r_max: 8, shallow_layers: 1}"
+# A method that trains the largest components forgets at rates where others have hardly begun, so it runs at lower ones.
+TWO, LOWER = {"rates": (1.0e-3, 2.0e-3), "seeds": (0, 1)}, {"rates": (3.0e-4, 1.0e-3), "seeds": (0, 1)}
+
+STUDIES: dict[str, Study] = {
+    "LoRA": Study((LORA,)),
+    "LoRA + anchor": Study((LORA, ANCHOR)),
+    "CorDA-KPM": Study((KPM,)),
+    "CorDA-KPM + anchor": Study((KPM, ANCHOR)),
+    "CorDA++-KPM": Study((KPM_PLUS, ROUNDS)),
+    "CorDA++-KPM + anchor": Study((KPM_PLUS, ROUNDS, ANCHOR)),
+    # CorDA++ is two choices: each alone, at the rate at which CorDA-KPM learns and keeps.
+    "CorDA-KPM, 5 rounds": Study(("method={name: corda, mode: kpm, rank: 16, rounds: 5}", ROUNDS), rates=(1.0e-3,)),
+    "CorDA-KPM, dynamic rank": Study(
+        ("method={name: corda, mode: kpm, rank: 16, dynamic_rank: true}",), rates=(1.0e-3,)
+    ),
+    "FARSS": Study((FARSS,)),
+    "FARSS + anchor": Study((FARSS, ANCHOR)),
+    "full": Study(("method={name: full}",), rates=(5.0e-4, 1.0e-3, 2.0e-3)),
+    "CorDA-IPM": Study(("method={name: corda, mode: ipm, rank: 16}",), rates=(3.0e-4, 1.0e-3, 2.0e-3, 3.0e-3)),
+    "CorDA++-IPM": Study((IPM_PLUS,), **LOWER),
+    "PiSSA": Study(("method={name: pissa, rank: 16}",), **LOWER),
+    "MiLoRA": Study(("method={name: milora, rank: 16}",), **TWO),
+    "LoRA-Null": Study(("method={name: lora_null, rank: 16}",), **TWO),
+    "QLoRA": Study((LORA, NF4), **TWO),
+    "LoftQ": Study(("method={name: loftq, rank: 16}", NF4), **TWO),
+    "QPiSSA": Study(("method={name: pissa, rank: 16}", NF4), **LOWER),
+    "QCorDA++": Study((IPM_PLUS, NF4), **LOWER),
 }
+SECOND = " (second base)"
+SECOND_BASE = TinyOptions(world=WorldOptions(seed=1), skill=SkillOptions(seed=1), pretrain=PretrainOptions(seed=1))
 
 
 @dataclass(frozen=True)
@@ -55,19 +96,36 @@ class Cell:
 
     @property
     def name(self) -> str:
-        slug = self.method.lower().replace(" + ", "-").replace(" ", "-")
+        slug = self.method.lower().replace(" + ", "-").replace("++", "pp")
+        slug = slug.replace("(second base)", "base2").replace(",", "").replace(" ", "-")
         return f"{slug}-lr{self.rate:g}-seed{self.seed}"
 
+    def finished(self, out: Path) -> bool:
+        return (out / self.name / "eval" / "results.json").is_file()
 
-def cells(seeds: Sequence[int] = SEEDS) -> list[Cell]:
-    """The grid, seed by seed."""
-    return [Cell(method, rate, seed) for seed in seeds for method, (_, rates) in METHODS.items() for rate in rates]
+
+def cells(studies: dict[str, Study]) -> list[Cell]:
+    """The grid of ``studies``, seed by seed."""
+    seeds = sorted({seed for study in studies.values() for seed in study.seeds})
+    return [
+        Cell(method, rate, seed)
+        for seed in seeds
+        for method, study in studies.items()
+        if seed in study.seeds
+        for rate in study.rates
+    ]
+
+
+def world_of(method: str) -> TinyWorld:
+    """The world whose base ``method`` starts from."""
+    return build(options=SECOND_BASE) if method.endswith(SECOND) else build()
 
 
 def configuration(cell: Cell, out: Path) -> Any:
     """The demo's recipe at this cell's method, rate and seed."""
+    study = STUDIES[cell.method.removesuffix(SECOND)]
     overrides = [
-        *METHODS[cell.method][0],
+        *study.overrides,
         f"train.learning_rate={cell.rate}",
         f"train.seed={cell.seed}",
         f"train.max_steps={STEPS}",
@@ -75,13 +133,14 @@ def configuration(cell: Cell, out: Path) -> Any:
         "train.preserve_loss_steps=null",
         "train.log_steps=20",
     ]
-    return tiny_config(build(), cell.name, overrides, out)
+    return tiny_config(world_of(cell.method), cell.name, overrides, out)
 
 
-def work(mine: list[Cell], phase: str, out: Path) -> None:
+def work(mine: Sequence[Cell], phase: str, out: Path) -> None:
     """Train (on a gang of one inside this process) or evaluate this worker's cells."""
     from harness.pipeline import GANG_STAGES, run_stages
 
+    quiet_libraries()
     if phase == "train":
         from harness.training.distributed import join_ranks
 
@@ -91,25 +150,25 @@ def work(mine: list[Cell], phase: str, out: Path) -> None:
         print(f"{phase} {number}/{len(mine)} {cell.name}", flush=True)
 
 
-def run_workers(phase: str, seed: int, workers: int, out: Path) -> None:
-    """All cells of one phase of one seed, shared over worker processes."""
+def run_workers(pending: Sequence[Cell], workers: int, out: Path) -> None:
+    """Train, then evaluate ``pending``, shared over worker processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, __file__, "--out", str(out), "--workers", str(workers), "--phase", phase]
-    command += ["--seeds", str(seed)]
-    processes = [subprocess.Popen([*command, "--worker", str(k)], env=environment) for k in range(workers)]
-    codes = [process.wait() for process in processes]
-    if any(codes):
-        raise SystemExit(f"a worker failed in phase {phase}; run again to go on")
+    for phase in ("train", "eval"):
+        command = [sys.executable, __file__, "--out", str(out), "--phase", phase, "--cells"]
+        shares = [[cell.name for cell in pending[k::workers]] for k in range(workers)]
+        processes = [subprocess.Popen([*command, *names], env=environment) for names in shares if names]
+        codes = [process.wait() for process in processes]
+        if any(codes):
+            raise SystemExit(f"a worker failed in phase {phase}; run again to go on")
 
 
-def read_points(out: Path) -> list[dict[str, Any]]:
+def read_points(studies: dict[str, Study], out: Path) -> list[dict[str, Any]]:
     """Every evaluated checkpoint of every finished cell: method, rate, seed, step, T, K and the scores behind them."""
     points = []
-    for cell in cells():
-        results = out / cell.name / "eval" / "results.json"
-        if not results.is_file():
+    for cell in cells(studies):
+        if not cell.finished(out):
             continue
-        for model in read_json(results)["models"]:
+        for model in read_json(out / cell.name / "eval" / "results.json")["models"]:
             if model["step"] is not None:
                 scores = {task: score["value"] for task, score in model["scores"].items()}
                 points.append(
@@ -119,118 +178,35 @@ def read_points(out: Path) -> list[dict[str, Any]]:
     return points
 
 
-def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (T, K) points that no other point beats on both axes, T ascending."""
-    best: list[tuple[float, float]] = []
-    for t, k in sorted(points, reverse=True):
-        if not best or k > best[-1][1]:
-            best.append((t, k))
-    return best[::-1]
+def read_curves(studies: dict[str, Study], out: Path) -> list[dict[str, Any]]:
+    """The training loss of every finished cell: mean over the 20 steps that end at each logged step."""
+    import json
+
+    curves = []
+    for cell in cells(studies):
+        if cell.finished(out):
+            lines = map(json.loads, (out / cell.name / "metrics.jsonl").read_text().splitlines())
+            losses = [[line["step"], line["loss"]] for line in lines if "loss" in line]
+            curves.append({"method": cell.method, "rate": cell.rate, "seed": cell.seed, "losses": losses})
+    return curves
 
 
-def k_at(front: list[tuple[float, float]], t: float) -> float | None:
-    """K on the frontier at T = t, interpolated linearly; None where the method never got that far."""
-    if t > front[-1][0]:
-        return None
-    for (t0, k0), (t1, k1) in itertools.pairwise(front):
-        if t0 <= t <= t1:
-            return k0 + (k1 - k0) * (t - t0) / (t1 - t0)
-    return front[0][1]
+def read_errors(studies: dict[str, Study], out: Path) -> dict[str, list[float]]:
+    """Step-0 output error of every layer of the quantised methods, over the seeds at their first rate."""
+    errors: dict[str, list[float]] = {}
+    for method, study in studies.items():
+        for seed in study.seeds:
+            cell = Cell(method, study.rates[0], seed)
+            if NF4 in study.overrides and cell.finished(out):
+                layers = read_json(out / cell.name / "init" / "report.json")["layers"].values()
+                errors.setdefault(method, []).extend(e["output_error"] for e in layers if "output_error" in e)
+    return errors
 
 
-def summarise(points: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per method: K at matched T (mean, standard deviation, seeds that got there), and every end point."""
-    summary = {}
-    for method in METHODS:
-        rows = {}
-        for t in MATCHED_T:
-            values = []
-            for seed in SEEDS:
-                mine = [(p["T"], p["K"]) for p in points if p["method"] == method and p["seed"] == seed]
-                value = k_at(frontier(mine), t) if mine else None
-                if value is not None:
-                    values.append(value)
-            rows[str(t)] = {
-                "seeds": len(values),
-                "mean": statistics.mean(values) if values else None,
-                "standard_deviation": statistics.stdev(values) if len(values) > 1 else None,
-            }
-        summary[method] = {"K_at_T": rows, "end_points": _end_points(points, method)}
-    return summary
-
-
-def _end_points(points: list[dict[str, Any]], method: str) -> list[dict[str, Any]]:
-    ends = []
-    for rate in METHODS[method][1]:
-        mine = [p for p in points if p["method"] == method and p["rate"] == rate and p["step"] == STEPS]
-        entry: dict[str, Any] = {"rate": rate, "seeds": len(mine)}
-        for axis in ("T", "K"):
-            values = [p[axis] for p in mine]
-            entry[axis] = statistics.mean(values) if values else None
-            entry[f"{axis}_standard_deviation"] = statistics.stdev(values) if len(values) > 1 else None
-        ends.append(entry)
-    return ends
-
-
-def print_tables(summary: dict[str, Any]) -> None:
-    """K at matched T, and where each rate ended, as Markdown."""
-    print("\nK at matched T (mean ± standard deviation over seeds; n = seeds that reached that T)\n")
-    print("| method | " + " | ".join(f"T = {t}" for t in MATCHED_T) + " |")
-    print("|---|" + "---|" * len(MATCHED_T))
-    for method, entry in summary.items():
-        print(f"| {method} | " + " | ".join(_cell(entry["K_at_T"][str(t)]) for t in MATCHED_T) + " |")
-    print(f"\nAt the last step ({STEPS}), T / K\n")
-    for method, entry in summary.items():
-        ends = "; ".join(
-            f"lr {end['rate']:g}: {_pm(end, 'T')} / {_pm(end, 'K')}" for end in entry["end_points"] if end["seeds"]
-        )
-        print(f"- {method}: {ends}")
-
-
-def _cell(row: dict[str, Any]) -> str:
-    if row["mean"] is None:
-        return "not reached"
-    spread = "" if row["standard_deviation"] is None else f" ± {row['standard_deviation']:.2f}"
-    return f"{row['mean']:.2f}{spread} (n={row['seeds']})"
-
-
-def _pm(end: dict[str, Any], axis: str) -> str:
-    spread = end[f"{axis}_standard_deviation"]
-    return f"{end[axis]:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
-
-
-def draw(points: list[dict[str, Any]], path: Path) -> None:
-    """Every point, and each method's mean frontier with a band of one standard deviation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    figure, axes = plt.subplots(figsize=(9.5, 5.5), constrained_layout=True)
-    grid = np.linspace(0, 1, 101)
-    colours = ["#0072B2", "#E69F00", "#999999", "#56B4E9", "#D55E00", "#000000"]  # Okabe and Ito
-    for method, colour in zip(METHODS, colours, strict=True):
-        mine = [p for p in points if p["method"] == method]
-        if not mine:
-            continue
-        axes.scatter([p["T"] for p in mine], [p["K"] for p in mine], s=9, color=colour, alpha=0.35, linewidths=0)
-        curves = []
-        for seed in sorted({p["seed"] for p in mine}):
-            front = frontier([(p["T"], p["K"]) for p in mine if p["seed"] == seed])
-            curves.append([np.nan if (k := k_at(front, t)) is None else k for t in grid])
-        stack = np.array(curves)
-        reached = ~np.isnan(stack).any(axis=0)  # only where every seed got there: a mean over fewer would jump
-        mean, spread = stack[:, reached].mean(axis=0), stack[:, reached].std(axis=0)
-        axes.plot(grid[reached], mean, color=colour, label=method, linewidth=2)
-        axes.fill_between(grid[reached], mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
-    axes.set(
-        xlabel="T: exact match on the new skill", ylabel="K: share of the base's knowledge that is left",
-        xlim=(-0.02, 1.02), ylim=(-0.02, 1.06), title="Tiny world: what each method can keep at what it has learned",
-    )  # fmt: skip
-    axes.grid(alpha=0.25)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.savefig(path, dpi=130)
+def with_second_base(studies: dict[str, Study], out: Path) -> dict[str, Study]:
+    """``studies`` and the three best adapter methods again on the second base, two rates and two seeds each."""
+    best = best_methods(read_points(studies, out))
+    return studies | {f"{name}{SECOND}": replace(studies[name], rates=(1.0e-3, 2.0e-3), seeds=(0, 1)) for name in best}
 
 
 def main() -> None:
@@ -238,32 +214,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="K–T frontiers on the tiny world.")
     parser.add_argument("--out", type=Path, default=Path("runs/frontier"))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="train and evaluate these seeds only")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help=f"of: {', '.join(STUDIES)}")
+    parser.add_argument("--seeds", type=int, nargs="+", help="train and evaluate these seeds only")
     parser.add_argument("--summarise", action="store_true", help="only summarise the cells that are finished")
-    parser.add_argument("--worker", type=int, default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--phase", choices=("train", "eval"), default="train", help=argparse.SUPPRESS)
+    parser.add_argument("--cells", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--phase", choices=("train", "eval"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker is not None:
-        work(cells(options.seeds)[options.worker :: options.workers], options.phase, options.out)
+    out = options.out
+    if options.cells is not None:
+        by_name = {cell.name: cell for cell in cells(with_second_base(STUDIES, out))}
+        work([by_name[name] for name in options.cells], options.phase, out)
         return
-    if not options.summarise:
-        build()
-        for seed in options.seeds:  # a whole seed at a time, so that an interrupted run still has whole seeds
-            for phase in ("train", "eval"):
-                run_workers(phase, seed, options.workers, options.out)
-    points = read_points(options.out)
-    summary = summarise(points)
+    for grid in () if options.summarise else (lambda: STUDIES, lambda: with_second_base(STUDIES, out)):
+        chosen = {name: study for name, study in grid().items() if not options.only or name in options.only}
+        for seed in options.seeds or (0, 1, 2):  # a whole seed at a time: an interrupted run still has whole seeds
+            pending = [cell for cell in cells(chosen) if cell.seed == seed and not cell.finished(out)]
+            if pending:
+                for method in dict.fromkeys(cell.method for cell in pending):
+                    world_of(method)  # built here, once, not by two workers at a time
+                run_workers(pending, options.workers, out)
+
+    studies = with_second_base(STUDIES, out)
+    points = read_points(studies, out)
+    summary = summarise(points, read_curves(studies, out), read_errors(studies, out))
     print_tables(summary)
-    finished = len({(p["method"], p["rate"], p["seed"]) for p in points})
-    setting = {"steps": STEPS, "save_steps": SAVE_STEPS, "seeds": SEEDS, "batch_size": 32, "rank": 16}
+    finished = sum(cell.finished(out) for cell in cells(studies))
+    setting = {"steps": STEPS, "save_steps": SAVE_STEPS, "batch_size": 32, "rank": 16}
     write_json(
         RESULTS,
-        {"setting": setting, "cells": f"{finished} of {len(cells())}", "base": build().info}
-        | {"summary": summary, "points": points},
+        {"setting": setting, "cells": f"{finished} of {len(cells(studies))}", "base": build().info}
+        | {"studies": {name: vars(study) for name, study in studies.items()}, "summary": summary, "points": points},
     )
     draw(points, FIGURE)
-    print(f"\n{finished} of {len(cells())} cells; {RESULTS} and {FIGURE}")
-    print(json.dumps(setting))
+    print(f"\n{finished} of {len(cells(studies))} cells; {RESULTS} and {FIGURE}")
 
 
 if __name__ == "__main__":

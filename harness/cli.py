@@ -1,8 +1,12 @@
-"""The command line: `harness doctor | run | calibrate | init | train | export | eval | report | methods | demo`."""
+"""The command line: `harness doctor | run | calibrate | init | train | export | eval | report | methods | demo`.
+
+And `harness analyse spectrum | covariance | truncation`.
+"""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -21,6 +25,24 @@ ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: train.seed=1 …", metavar="[KEY=VALUE]…")]
 Force = Annotated[str | None, typer.Option(help="Redo this stage and everything that depends on it.")]
 ForceThis = Annotated[bool, typer.Option("--force", help="Redo this stage and everything that depends on it.")]
+
+analyse = typer.Typer(
+    help="Look at a base model through the decompositions: spectra, input covariances, truncation. Nothing is trained.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+app.add_typer(analyse, name="analyse")
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Target layers, or a part of their names (q_proj, layers.3); repeatable."),
+]
+OneData = Annotated[
+    str | None, typer.Option(metavar="FILE:COLUMN", help="Texts, instead of the configuration's preserve set.")
+]
+Samples = Annotated[int | None, typer.Option(min=1, help="Rows drawn; by default the data set's own samples.")]
+Alpha = Annotated[float, typer.Option(min=0, help="ASVD's exponent of mean |x|.")]
+Damping = Annotated[float, typer.Option(min=0, help="CO-SVD: C + damping · mean(diag C) · I.")]
+Out = Annotated[Path | None, typer.Option(help="Where results go; by default analysis/ in the run directory.")]
 
 
 def main() -> None:
@@ -71,18 +93,87 @@ def report(
     print(write_report(places[0]) if len(places) == 1 else write_comparison(places, out))
 
 
+@analyse.command(epilog="Example: harness analyse spectrum config.yaml --layers q_proj --layers layers.3.mlp")
+def spectrum(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    layers: Layers = None,
+    data: OneData = None,
+    samples: Samples = None,
+    alpha: Alpha = 0.5,
+    damping: Damping = 0.01,
+    out: Out = None,
+) -> None:
+    """Singular values under plain SVD, ASVD and CO-SVD; by default of the first block."""
+    from harness.analysis.spectrum import spectrum as study
+
+    _analyse(study, config, overrides, out, layers=layers, data=data, samples=samples, alpha=alpha, damping=damping)
+
+
+@analyse.command(epilog="Example: harness analyse covariance config.yaml --data trivia.jsonl:question")
+def covariance(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    layers: Layers = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE:COLUMN", help="A further data set beside train and preserve; repeatable."),
+    ] = None,
+    samples: Samples = None,
+    reduce: Annotated[
+        Literal["mean", "max"], typer.Option(help="What a cell says of its block: mean or largest |C|.")
+    ] = "mean",
+    out: Out = None,
+) -> None:
+    """Heat maps of input covariances on several data sets; by default of the first block's distinct inputs."""
+    from harness.analysis.covariance_maps import covariance as study
+
+    _analyse(study, config, overrides, out, layers=layers, data=data or (), samples=samples, reduce=reduce)
+
+
+@analyse.command(epilog="Example: harness analyse truncation config.yaml --discard 64 --discard 256 --samples 128")
+def truncation(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    data: OneData = None,
+    calibrate_on: Annotated[
+        str | None,
+        typer.Option(metavar="FILE:COLUMN", help="Take statistics from this; by default from rows not held out."),
+    ] = None,
+    discard: Annotated[
+        list[int] | None,
+        typer.Option(metavar="R", help="Components to discard per layer; repeatable. By default powers of two."),
+    ] = None,
+    samples: Samples = None,
+    test_rows: Annotated[int, typer.Option(min=1, help="Rows held out for perplexity (at most half).")] = 256,
+    rounds: Annotated[int, typer.Option(min=1, help="Sampling rounds that CO-SVD++ selects from.")] = 5,
+    alpha: Alpha = 0.5,
+    damping: Damping = 0.01,
+    out: Out = None,
+) -> None:
+    """Perplexity after discarding the smallest components of every layer, by five decompositions."""
+    from harness.analysis.truncation import truncation as study
+
+    _analyse(
+        study, config, overrides, out, data=data, calibrate_on=calibrate_on, discards=discard, samples=samples,
+        test_rows=test_rows, rounds=rounds, alpha=alpha, damping=damping,
+    )  # fmt: skip
+
+
 @app.command()
 def methods() -> None:
     """List every method with one line, its paper, and what data it needs."""
     from rich.console import Console
     from rich.table import Table
 
-    from harness.methods.registry import method_class, method_names
+    from harness.methods.registry import method_class, method_names, needs
 
-    table = Table("method", "what it does", "paper", title="Methods")
+    table = Table("method", "what it does", "paper", "takes statistics from", title="Methods")
     for name in method_names():
         cls = method_class(name)
-        table.add_row(name, cls.summary, cls.paper)
+        answers = [f"{what} ({' or '.join(when)})" if any(when) else what for what, when in needs(cls).items()]
+        base = ["(over an NF4 base only)"] if cls.needs_quantised_base else []
+        table.add_row(name, cls.summary, cls.paper, "\n".join(answers + base))
     Console().print(table)
 
 
@@ -110,3 +201,19 @@ def _run(config_file: Path, overrides: list[str] | None, stages: list[str], forc
     from harness.run import run as run_configuration
 
     print_summary(run_configuration(load_config(config_file, overrides), stages, force))
+
+
+def _analyse(
+    study: Callable[..., list[Path]], config_file: Path, overrides: list[str] | None, out: Path | None, **options: Any
+) -> None:
+    """Run an analysis; print its table, if it has one, and where everything is."""
+    from harness.config import load_config
+    from harness.run_directory import RunDirectory
+
+    config = load_config(config_file, overrides)
+    files = study(config, out or RunDirectory(config.run_directory).analysis, **options)
+    for file in files:
+        if file.suffix == ".md":
+            print(file.read_text(encoding="utf-8"))
+    for file in files:
+        print(file.resolve())

@@ -29,11 +29,12 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class ModelConfig(Strict):
-    """The base model."""
+    """The base model. `quantization: nf4` quantises the frozen (residual) weights; adapters never are."""
 
     path: str
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    quantization: Literal["none"] = "none"
+    quantization: Literal["none", "nf4"] = "none"
+    double_quantization: bool = True
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
 
 

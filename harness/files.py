@@ -18,6 +18,11 @@ def write_text(path: Path, text: str) -> None:
     _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` atomically, making parent folders."""
+    _write(path, lambda temporary: temporary.write_bytes(content))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically. Raises ``ValueError`` on NaN or inf: JSON has neither."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

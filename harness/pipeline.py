@@ -20,7 +20,7 @@ from harness.console import say
 from harness.environment import describe_environment
 from harness.errors import UserError
 from harness.files import read_json, write_json, write_text
-from harness.methods.registry import build_method
+from harness.methods.registry import build_method, required_statistics
 from harness.run_directory import RunDirectory
 
 GANG_STAGES = ("calibrate", "init", "train", "export")
@@ -42,6 +42,8 @@ _READS = {
     "eval": ("model", "data", "method", "anchor", "penalties", "train", "eval"),
     "report": ("model", "data", "method", "anchor", "penalties", "train", "eval"),
 }
+# What init reads besides, where it chooses an option by short training runs.
+_PROBES_READ = ("train.learning_rate", "train.weight_decay", "train.max_grad_norm")
 LOCK_WAIT_SECONDS = 15.0
 
 
@@ -107,11 +109,13 @@ def stage_inputs(config: RunConfig, stage: str) -> dict[str, Any]:
         if any(key == part or key.startswith(f"{part}.") for part in _READS[stage]) and key not in _EXECUTION
     }
     if stage == "calibrate":
-        request = build_method(config.method, config.train.seed).statistics()
-        chosen["statistics"] = None if request is None else asdict(request)
+        request = required_statistics(config)
+        chosen["statistics"] = None if request is None else {**asdict(request), "kinds": list(request.kinds)}
         if request is not None:
             source = "data.preserve." if request.data == "preserve" else "data.train."
             chosen |= {key: value for key, value in flat.items() if key.startswith(source)}
+    if stage == "init" and build_method(config.method, config.train.seed).probe() is not None:
+        chosen |= {key: flat[key] for key in _PROBES_READ}
     for key in ("model.path", "data.train.path", "data.preserve.path", "eval.data_dir"):
         if isinstance(chosen.get(key), str) and Path(chosen[key]).exists():
             chosen[f"{key} (content)"] = _identity(Path(chosen[key]))
@@ -124,7 +128,7 @@ def discard_from(run: RunDirectory, stage: str) -> None:
         "calibrate": [run.statistics],
         "init": [run.init],
         "train": [run.checkpoints, run.metrics, run.tensorboard],
-        "export": [run.adapter, run.merged],
+        "export": [run.adapter, run.merged, run.frozen_base],
         "eval": [run.results.parent],
         "report": [run.path / "report.md", run.path / "report.html"],
     }
@@ -198,7 +202,7 @@ def _outputs(config: RunConfig, run: RunDirectory, stage: str) -> list[Path]:
     if stage == "train":
         return [run.finished_checkpoints()[-1][1] / "trained", run.metrics]
     if stage == "export":
-        return [path for path in (run.adapter, run.merged) if path.exists()]
+        return [path for path in (run.adapter, run.merged, run.frozen_base) if path.exists()]
     if stage == "eval":
         return [path for path in (run.results,) if path.exists()]
     return [run.path / "report.html", run.path / "report.md"]

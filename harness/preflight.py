@@ -4,6 +4,7 @@ Only what can be read in a moment: a folder's config.json, the header of a safet
 file. What a hub id stands for is checked by the stage that downloads it.
 """
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -18,17 +19,24 @@ _DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 def check(config: RunConfig) -> None:
     """Raise `UserError` for the first thing that cannot work: one line, naming the key and the remedy."""
-    _check_model(config)
-    for key, source in (("data.train", config.data.train), ("data.preserve", config.data.preserve)):
-        if source is not None:
-            _check_source(key, source)
+    check_inputs(config)
     _check_method(config)
     _check_train(config)
     _check_tasks(config)
 
 
+def check_inputs(config: RunConfig) -> None:
+    """`check` for what only reads the base model and the data: no training, no evaluation."""
+    _check_model(config)
+    for key, source in (("data.train", config.data.train), ("data.preserve", config.data.preserve)):
+        if source is not None:
+            _check_source(key, source)
+
+
 def _check_model(config: RunConfig) -> None:
     path = Path(config.model.path)
+    if config.model.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("model.quantization: nf4 needs bitsandbytes, which is not installed; pip install bitsandbytes")
     if not path.is_dir():
         if path.is_absolute() or not _HUB_ID.match(config.model.path):
             raise UserError(f"model.path: {config.model.path!r} is no folder here and no hub id (org/name)")
@@ -144,13 +152,28 @@ def _check_method(config: RunConfig) -> None:
     name = config.method["name"]
     cls = method_class(name)
     options = cls.Options.model_validate({key: value for key, value in config.method.items() if key != "name"})
-    request = cls(options).statistics()
+    if cls.trains_base and config.model.quantization != "none":
+        raise UserError(
+            f"model.quantization: {config.model.quantization} given; method {name!r} trains the base weights, which "
+            "cannot be quantised; use none, or an adapter method"
+        )
+    if cls.needs_quantised_base and config.model.quantization == "none":
+        raise UserError(
+            f"model.quantization: none given; method {name!r} makes up for the error of quantisation; use nf4, or "
+            "another method"
+        )
+    request, probe = cls(options).statistics(), cls(options).probe()
     if request is not None and request.data == "preserve" and config.data.preserve is None:
         raise UserError(f"data.preserve: missing; method {name!r} takes its statistics from data to preserve")
+    if probe is not None and config.data.preserve is None:
+        raise UserError(
+            f"data.preserve: missing; method.{probe.option}: auto weighs what is learned against what is lost on it; "
+            f"give data.preserve or set method.{probe.option}"
+        )
     entries = (["anchor"] if config.anchor is not None else []) + [entry["name"] for entry in config.penalties]
     for entry in entries:
         penalty = penalty_class(entry)
-        if penalty.needs_original_model and cls.trains_base:
+        if penalty.needs_original_model and cls.trains_all:
             raise UserError(
                 f"{entry}: over method {name!r} it would need a second copy of the weights, which is not supported; "
                 "remove it or use an adapter method (lora, corda)"

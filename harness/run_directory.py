@@ -50,12 +50,22 @@ class RunDirectory:
         return self.path / "adapter"
 
     @property
+    def frozen_base(self) -> Path:
+        """The frozen weights of a quantised run, dequantised: what ``adapter/`` lies on then."""
+        return self.path / "frozen_base"
+
+    @property
     def merged(self) -> Path:
         return self.path / "merged"
 
     @property
     def results(self) -> Path:
         return self.path / "eval" / "results.json"
+
+    @property
+    def analysis(self) -> Path:
+        """Figures and numbers of `harness analyse`; no stage reads them."""
+        return self.path / "analysis"
 
     def finished_checkpoints(self) -> list[tuple[int, Path]]:
         """``(step, folder)`` of every published checkpoint, in the order of steps."""

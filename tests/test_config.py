@@ -271,7 +271,8 @@ def test_command_line(name: str, base_config: Content, tmp_path: Path) -> None:
 def test_good_configuration(base_config: Content, tmp_path: Path) -> None:
     config = load_config(make(base_config, tmp_path, Bad()))
     check(config)
-    assert config.method == {"name": "corda", "mode": "kpm", "rank": 8, "alpha": None, "damping": 0.01}
+    defaults = {"alpha": None, "damping": 0.01, "rounds": 1, "dynamic_rank": False}
+    assert config.method == {"name": "corda", "mode": "kpm", "rank": 8, **defaults}
     assert config.run_directory == tmp_path / "runs" / "run"
 
 

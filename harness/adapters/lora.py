@@ -1,19 +1,27 @@
-"""LoRA adapters through PEFT: ranks that differ by layer, tensors loaded from files, residual base weights.
+"""Adapters through PEFT: ranks that differ by layer, tensors loaded from files, residual base weights.
+
+A layer's tensors go by the names under which PEFT saves them below the layer: ``lora_A.weight`` and ``lora_B.weight``
+for LoRA, others besides for other forms. All begin with ``lora_``. Checkpoints and ``init/`` use the same names.
 
 Two adapters may stand in the model: ``default`` is trained; ``initial`` is its frozen copy at step 0, present only
 where the base weight became a residual and something needs the original model's outputs.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
+from harness.adapters.base_parameters import initial_parameters
 from harness.adapters.partitioned import gathered
 from harness.files import read_json, write_json, write_tensors
 from harness.methods.base import LowRank
@@ -23,10 +31,11 @@ _PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def lora_config(ranks: Mapping[str, int], scaling: float, base_model: str | None = None) -> LoraConfig:
+def lora_config(ranks: Mapping[str, int], scaling: float, base_model: str | None = None, **options: Any) -> LoraConfig:
     """A PEFT configuration with one rank per layer and α_l = scaling · r_l, so that α/r is the same everywhere.
 
     ``r`` and ``lora_alpha`` hold the largest rank's values; patterns are written only for layers that differ.
+    ``options``: further fields of PEFT's (``use_dora``).
     """
     present = {name: rank for name, rank in ranks.items() if rank > 0}
     top = max(present.values())
@@ -41,12 +50,18 @@ def lora_config(ranks: Mapping[str, int], scaling: float, base_model: str | None
         lora_dropout=0.0,
         base_model_name_or_path=base_model,
         task_type="CAUSAL_LM",
+        **options,
     )
 
 
 def attach_lora(model: nn.Module, ranks: Mapping[str, int], scaling: float) -> PeftModel:
     """The model with a trainable LoRA on every layer of positive rank; all other parameters frozen."""
-    return get_peft_model(model, lora_config(ranks, scaling), adapter_name=TRAINED)
+    return attach(model, lora_config(ranks, scaling))
+
+
+def attach(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """The model with a trainable adapter of any form that PEFT has; all other parameters frozen."""
+    return get_peft_model(model, config, adapter_name=TRAINED)
 
 
 def add_initial(model: PeftModel, factors: Mapping[str, LowRank], scaling: float) -> None:
@@ -57,11 +72,35 @@ def add_initial(model: PeftModel, factors: Mapping[str, LowRank], scaling: float
     model.base_model.set_adapter(TRAINED)
 
 
+def freeze_a(model: PeftModel) -> None:
+    """Leave A of the trained adapter as it is at step 0; it stays frozen when PEFT switches adapters off and on."""
+    for layer in lora_layers(model).values():
+        layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, TRAINED: ("lora_A",)}
+        layer._freeze_non_trainable_peft_weights(TRAINED)
+
+
 def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
     """Adapted layers by the module name that they have in the base model."""
     return {
         name.removeprefix(_PREFIX): module for name, module in model.named_modules() if isinstance(module, LoraLayer)
     }
+
+
+def saved_name(parameter: str) -> str:
+    """The name under which checkpoints hold a parameter: PEFT's for the trained adapter, else the base model's own."""
+    name = parameter.removeprefix(_PREFIX)
+    name = re.sub(rf"(\.lora_\w+)\.{TRAINED}(?=\.weight$|$)", r"\1", name)
+    # PEFT saves magnitude vectors as it did when they were parameters and not yet modules.
+    return re.sub(r"\.lora_magnitude_vector\.weight$", ".lora_magnitude_vector", name)
+
+
+@torch.no_grad()
+def load_tensors(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copy tensors into the model's parameters of those (saved) names. Collective under ZeRO-3."""
+    parameters = {saved_name(name): parameter for name, parameter in model.named_parameters()}
+    for name, tensor in tensors:
+        with gathered([parameters[name]], write=True):
+            parameters[name].copy_(tensor)
 
 
 @torch.no_grad()
@@ -88,12 +127,16 @@ def subtract_from_base(model: PeftModel, factors: Mapping[str, LowRank]) -> None
 
 
 @contextmanager
-def original_model(model: PeftModel) -> Iterator[None]:
+def original_model(model: nn.Module) -> Iterator[None]:
     """Inside the block the model computes what the base model computes: adapters off, or the initial one in place.
 
-    No second copy of the weights exists. Gradients are off for adapters inside, and on again outside.
+    No second copy of the weights exists; where parameters of the base are trained, one of these. Gradients are off for
+    adapters inside, and on again outside.
     """
-    if INITIAL in model.peft_config:
+    if not isinstance(model, PeftModel):
+        with initial_parameters(model):
+            yield
+    elif INITIAL in model.peft_config:
         model.base_model.set_adapter(INITIAL, inference_mode=True)
         try:
             yield
@@ -111,32 +154,50 @@ def write_adapter(folder: Path, factors: Mapping[str, LowRank], base_model: str)
     """
     present = {name: factor for name, factor in factors.items() if factor.A.shape[0] > 0}
     scaling = next(iter(present.values())).scaling
-    tensors = {}
-    for name, factor in present.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = factor.A.float()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = factor.B.float()
+    layers = {name: {"lora_A.weight": factor.A, "lora_B.weight": factor.B} for name, factor in present.items()}
     ranks = {name: factor.A.shape[0] for name, factor in present.items()}
-    config = lora_config(ranks, scaling, base_model)
+    write_layers(folder, layers, lora_config(ranks, scaling, base_model))
+
+
+def write_layers(folder: Path, layers: Mapping[str, Mapping[str, torch.Tensor]], config: PeftConfig) -> None:
+    """Write a PEFT adapter of any form from its tensors by layer and name. Tensors are made fp32."""
+    tensors = {
+        f"{_PREFIX}{layer}.{name}": tensor.float() for layer, own in layers.items() for name, tensor in own.items()
+    }
     config.inference_mode = True
     content = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     write_json(folder / CONFIG, content)
 
 
+def read_layers(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of an adapter that `write_layers` wrote, by layer and name, fp32 on the CPU."""
+    return by_layer({key.removeprefix(_PREFIX): tensor for key, tensor in load_file(folder / WEIGHTS).items()})
+
+
+def parameter_count(folder: Path) -> int:
+    """How many numbers an adapter holds, from the header of its file."""
+    with safe_open(folder / WEIGHTS, framework="pt") as tensors:
+        return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+
+
+def by_layer(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors called ``<layer>.lora_…``, by layer and by name below it."""
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for key in sorted(tensors):
+        layer, _, name = key.rpartition(".lora_")
+        layers.setdefault(layer, {})[f"lora_{name}"] = tensors[key]
+    return layers
+
+
 def read_adapter(folder: Path) -> dict[str, LowRank]:
     """The factors of an adapter that `write_adapter` wrote, by layer name, fp32 on the CPU."""
     config = read_json(folder / CONFIG)
     scaling = config["lora_alpha"] / config["r"]
-    with safe_open(folder / WEIGHTS, framework="pt") as tensors:
-        names = sorted({key.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for key in tensors.keys()})  # noqa: SIM118
-        return {
-            name: LowRank(
-                tensors.get_tensor(f"{_PREFIX}{name}.lora_B.weight"),
-                tensors.get_tensor(f"{_PREFIX}{name}.lora_A.weight"),
-                scaling,
-            )
-            for name in names
-        }
+    return {
+        name: LowRank(tensors["lora_B.weight"], tensors["lora_A.weight"], scaling)
+        for name, tensors in read_layers(folder).items()
+    }
 
 
 def _plain(value: float) -> float | int:

@@ -102,11 +102,12 @@ def tuned_candidates(base_model: str, run: RunDirectory, checkpoints: bool) -> l
     """
     finished = run.finished_checkpoints()
     last = finished[-1][0] if finished else None
-    earlier = [_exported(f"step-{step}", step, folder, base_model) for step, folder in finished[:-1] if checkpoints]
-    return [*earlier, _exported("final", last, run.path, base_model)]
+    under = run.frozen_base if run.frozen_base.is_dir() else base_model
+    earlier = [_exported(f"step-{step}", step, folder, under) for step, folder in finished[:-1] if checkpoints]
+    return [*earlier, _exported("final", last, run.path, under)]
 
 
-def _exported(name: str, step: int | None, folder: Path, base_model: str) -> Candidate:
+def _exported(name: str, step: int | None, folder: Path, base_model: str | Path) -> Candidate:
     adapter, merged = folder / "adapter", folder / "merged"
     if adapter.is_dir():
         return Candidate(name, step, base_model, adapter, merged if merged.is_dir() else None)

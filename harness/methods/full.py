@@ -10,7 +10,7 @@ class FullFineTuning(Method):
 
     summary = "full fine-tuning: every weight is trained"
     paper = "the reference point of FARSS A.3"
-    trains_base = True
+    trains_base = trains_all = True
 
     def attach(self, model: nn.Module, ranks: object) -> nn.Module:
         """The model itself, all parameters trainable."""

@@ -1,7 +1,8 @@
 """LoRA (Hu et al., 2022): ΔW = (α/r)·B·A, A Kaiming-uniform, B zero."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ class LoRA(Method):
     summary = "LoRA: low-rank update, random A, zero B"
     paper = "Hu et al., 2022 (arXiv 2106.09685)"
 
-    def ranks(self, layers: Sequence[Layer], statistics: Statistics | None) -> dict[str, int]:
+    def ranks(self, layers: Sequence[Layer], findings: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
         """The same rank everywhere."""
         return {layer.name: self.options.rank for layer in layers}
 
@@ -33,7 +34,14 @@ class LoRA(Method):
         """s = α/r."""
         return (self.options.alpha or self.options.rank) / self.options.rank
 
-    def initialise(self, layer: Layer, weight: torch.Tensor, rank: int, statistics: Statistics | None) -> AdapterInit:
+    def initialise(
+        self,
+        layer: Layer,
+        weight: torch.Tensor,
+        rank: int,
+        statistics: Statistics | None,
+        finding: Mapping[str, Any],
+    ) -> AdapterInit:
         """A from U(−1/√in, 1/√in) (torch's Kaiming-uniform with a = √5, as in PEFT), B = 0.
 
         The generator is seeded by the run's seed and the layer's name: the same tensors on any number of ranks

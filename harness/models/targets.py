@@ -1,6 +1,7 @@
-"""Which linear layers are adapted."""
+"""Which linear layers are adapted, and where they stand."""
 
 import difflib
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,3 +53,17 @@ def target_modules(model: nn.Module, targets: Literal["all-linear"] | list[str])
 def describe(modules: dict[str, nn.Linear]) -> list[Layer]:
     """Names and shapes of target modules."""
     return [Layer(name, module.out_features, module.in_features) for name, module in modules.items()]
+
+
+def place(name: str) -> tuple[int | None, str]:
+    """``(depth, module type)`` of a dotted layer name: ``model.layers.3.mlp.up_proj`` → ``(3, "mlp.up_proj")``.
+
+    The depth is the first number in the name, the index of the decoder block; None where there is none.
+    """
+    match = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+    return (int(match[1]), match[2]) if match else (None, name)
+
+
+def depth_of(name: str) -> int | None:
+    """The index of the decoder block that a layer lies in, from its dotted name; None where there is none."""
+    return place(name)[0]

@@ -7,17 +7,19 @@ from pathlib import Path
 
 import torch
 
-from harness.adapters.lora import read_adapter, write_adapter
+from harness.adapters.lora import read_layers
 from harness.config import RunConfig
 from harness.console import say
 from harness.errors import UserError
-from harness.export.merge import cast_model, write_merged
-from harness.files import publish_directory, read_json
-from harness.methods.base import LowRank, Method
+from harness.export.merge import cast_model, write_frozen, write_merged
+from harness.export.shards import read_tensors
+from harness.files import publish_directory
+from harness.methods.base import LowRank, Method, Update
 from harness.methods.registry import build_method
 from harness.run_directory import RunDirectory
-from harness.stages.train import trained_factors
-from harness.training.distributed import barrier, rank
+from harness.stages.initialise import subtracted_blocks
+from harness.stages.train import trained_layers
+from harness.training.distributed import barrier, rank, training_device
 
 
 def export(config: RunConfig, run: RunDirectory) -> None:
@@ -31,43 +33,52 @@ def export(config: RunConfig, run: RunDirectory) -> None:
         raise UserError(f"export: {run.checkpoints} holds no checkpoint; run the train stage first")
     if rank() == 0:
         method = build_method(config.method, config.train.seed)
-        dtype = getattr(torch, config.model.dtype)
+        if config.model.quantization != "none":
+            _export_frozen_base(config, run)
         for _, checkpoint in finished[:-1] if config.eval.checkpoints else []:
-            _export_one(config, run, method, checkpoint, checkpoint, dtype, merge=method.trains_base)
-        _export_one(config, run, method, finished[-1][1], run.path, dtype, merge=True)
+            _export_one(config, run, method, checkpoint, checkpoint, final=False)
+        _export_one(config, run, method, finished[-1][1], run.path, final=True)
         say(f"export: {run.adapter if not method.trains_base else run.merged}")
     barrier()
 
 
-def original_base_updates(method: Method, trained: dict[str, LowRank], init: Path) -> dict[str, LowRank]:
-    """Each layer's exact update of the *original* weight, factored (`Method.delta`)."""
-    initial = read_adapter(init)
-    report = read_json(init / "report.json")["layers"]
-    return {
-        name: method.delta(factor, initial[name] if report[name]["residual"] else None)
-        for name, factor in trained.items()
-    }
-
-
 def _export_one(
-    config: RunConfig,
-    run: RunDirectory,
-    method: Method,
-    checkpoint: Path,
-    destination: Path,
-    dtype: torch.dtype,
-    merge: bool,
+    config: RunConfig, run: RunDirectory, method: Method, checkpoint: Path, destination: Path, final: bool
 ) -> None:
+    """``adapter/`` and, of the final model or where an engine could not serve the adapter, ``merged/``."""
+    dtype = getattr(torch, config.model.dtype)
     if method.trains_base:
         with _published(destination / "merged") as staging:
-            cast_model(checkpoint / "trained", staging, config.model.path, dtype)
+            if method.trains_all:
+                cast_model(checkpoint / "trained", staging, config.model.path, dtype)
+            else:
+                write_merged(staging, config.model.path, dtype, {}, dict(read_tensors(checkpoint / "trained")))
         return
-    updates = original_base_updates(method, trained_factors(checkpoint, method.scaling()), run.init)
+    layers = trained_layers(checkpoint, read_layers(run.init))
+    # The frozen base of a quantised run is the residual already: the adapter alone is what is added to it.
+    quantised = config.model.quantization != "none"
+    base = str(run.frozen_base) if quantised else config.model.path
+    subtracted: dict[str, LowRank] = {} if quantised else subtracted_blocks(run.init)
+    updates: dict[str, Update] = {name: method.update(own, subtracted.get(name)) for name, own in layers.items()}
     with _published(destination / "adapter") as staging:
-        write_adapter(staging, updates, config.model.path)
-    if merge:
+        method.write_adapter(staging, layers, updates, base)
+    unservable = config.eval.backend == "vllm" and not all(isinstance(u, LowRank) for u in updates.values())
+    if final or unservable:
         with _published(destination / "merged") as staging:
-            write_merged(staging, config.model.path, dtype, updates)
+            write_merged(staging, base, dtype, updates)
+
+
+def _export_frozen_base(config: RunConfig, run: RunDirectory) -> None:
+    """The weights that training saw, dequantised: adapters of a quantised run are exact on these alone."""
+    with _published(run.frozen_base) as staging:
+        write_frozen(
+            staging,
+            config.model.path,
+            getattr(torch, config.model.dtype),
+            subtracted_blocks(run.init),
+            config.model.double_quantization,
+            training_device(),
+        )
 
 
 @contextmanager

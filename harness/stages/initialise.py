@@ -2,23 +2,30 @@
 
 import math
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
-from harness.adapters.lora import write_adapter
+from harness.adapters.lora import by_layer, parameter_count, read_adapter, write_adapter, write_layers
 from harness.config import RunConfig
 from harness.console import progress, say
 from harness.errors import UserError
 from harness.files import publish_directory, read_json, write_json, write_tensors
-from harness.methods.base import LowRank, Method
+from harness.methods.base import AdapterInit, LowRank, Method
 from harness.methods.registry import build_method
 from harness.models.loading import load_model
+from harness.models.quantisation import BLOCK, misread_on_cpu, quantisation_errors
 from harness.models.targets import Layer, describe, target_modules
+from harness.reporting.ranks import draw_ranks
 from harness.run_directory import RunDirectory
 from harness.statistics.store import INDEX, StatisticsReader
 from harness.training.distributed import barrier, rank, share, training_device, world_size
+
+SUBTRACTED = "subtracted"  # folder in init/ of the blocks taken out of the base where they are not the adapter's own
 
 
 def initialise(config: RunConfig, run: RunDirectory) -> None:
@@ -27,7 +34,7 @@ def initialise(config: RunConfig, run: RunDirectory) -> None:
     Raises:
         UserError: a rank is larger than its layer allows, or a layer's statistics are damaged.
     """
-    method = build_method(config.method, config.train.seed)
+    method = build_method(config.method, config.train.seed, config.model)
     staging = run.path / ".init.staging"
     if rank() == 0:
         shutil.rmtree(staging, ignore_errors=True)
@@ -40,35 +47,124 @@ def initialise(config: RunConfig, run: RunDirectory) -> None:
         barrier()
         return
 
+    written = _write_candidates(config, method, run, staging)
+    chosen, probe = 0, method.probe()
+    if probe is not None and len(written) > 1:
+        from harness.stages.probes import choose  # it trains, and the train stage imports this module
+
+        chosen = choose(config, probe, [w.method for w in written], [w.folder for w in written])
+    if probe is not None:
+        say(f"init: {probe.option}: {getattr(written[chosen].method.options, probe.option)} of {len(written)} tried")
+    if rank() == 0:
+        publish_directory(written[chosen].folder.init, run.init)
+        shutil.rmtree(staging)
+    barrier()
+    say(f"init: {config.method['name']} on {written[chosen].size}")
+
+
+@dataclass(frozen=True)
+class WrittenCandidate:
+    """A method, the directory whose ``init/`` holds its tensors until one is chosen, and its size in words."""
+
+    method: Method
+    folder: RunDirectory
+    size: str
+
+
+def _write_candidates(config: RunConfig, method: Method, run: RunDirectory, staging: Path) -> list[WrittenCandidate]:
+    """Write an ``init/`` for every candidate of the method; for the method itself where it has nothing to choose."""
     model = load_model(config.model)
     modules = target_modules(model, config.model.target_modules)
     layers = describe(modules)
     statistics = StatisticsReader(run.statistics) if (run.statistics / INDEX).is_file() else None
-    ranks = method.ranks(layers, statistics)
-    check_ranks(layers, ranks)
-
     device = training_device()
-    tensors, reports = {}, {}
-    for layer in progress(share([layer for layer in layers if ranks.get(layer.name, 0) > 0]), "initialise"):
-        weight = modules[layer.name].weight.detach().to(device)
-        initial = method.initialise(layer, weight, ranks[layer.name], statistics)
-        tensors[f"{layer.name}.A"], tensors[f"{layer.name}.B"] = initial.A, initial.B
-        reports[layer.name] = {
-            "rank": ranks[layer.name],
-            "shape": [layer.out_features, layer.in_features],
-            "residual": initial.residual,
-            **initial.report,
-        }
-    part = staging / f"part-{rank()}"
-    write_tensors(part.with_suffix(".safetensors"), tensors)
-    write_json(part.with_suffix(".json"), reports)
+    if config.model.quantization == "nf4" and (misread := misread_on_cpu(layers, device)):
+        say(
+            f"warning: model.quantization: on the CPU bitsandbytes misreads {len(misread)} layers, {misread[0]} among "
+            f"them, whose input is no multiple of {BLOCK} wide; init/report.json has their errors; use a GPU, or none"
+        )
+    weights = {name: module.weight.detach() for name, module in modules.items()}
+    findings = examine(method, layers, weights, statistics, device)
+    candidates = [method.with_options(options) for options in method.candidates(layers)] or [method]
+    folders = [RunDirectory(staging / f"candidate-{number}") for number in range(len(candidates))]
+    ranks = [candidate.ranks(layers, findings) for candidate in candidates]
+    for given in ranks:
+        check_ranks(layers, given)
+
+    tensors: list[dict[str, torch.Tensor]] = [{} for _ in candidates]
+    reports: list[dict[str, Any]] = [{} for _ in candidates]
+    for layer in progress(share([layer for layer in layers if any(r.get(layer.name, 0) for r in ranks)]), "initialise"):
+        weight = weights[layer.name].to(device)
+        for candidate, given, own, report in zip(candidates, ranks, tensors, reports, strict=True):
+            if given.get(layer.name, 0) == 0:
+                continue
+            initial = candidate.initialise(layer, weight, given[layer.name], statistics, findings[layer.name])
+            own |= {f"{layer.name}.{name}": tensor for name, tensor in initial.tensors(candidate.pair).items()}
+            if initial.subtracted is not None:
+                own[f"{layer.name}.subtracted.B"], own[f"{layer.name}.subtracted.A"] = initial.subtracted
+            errors = _quantisation(config, candidate, layer, weight, initial, statistics)
+            report[layer.name] = initial.report | errors | {"residual": initial.residual}
+    for folder, own, report in zip(folders, tensors, reports, strict=True):
+        part = folder.init / f"part-{rank()}"
+        write_tensors(part.with_suffix(".safetensors"), own)
+        write_json(part.with_suffix(".json"), report)
     barrier()
     if rank() == 0:
-        _assemble(config, method, layers, staging)
-        publish_directory(staging, run.init)
+        for candidate, given, folder in zip(candidates, ranks, folders, strict=True):
+            _assemble(config, candidate, layers, given, findings, folder.init)
     barrier()
-    parameters = sum(ranks.get(layer.name, 0) * (layer.in_features + layer.out_features) for layer in layers)
-    say(f"init: {config.method['name']} on {len(layers)} layers, {parameters:,} adapter parameters")
+    sizes = [_size(layers, given, folder.init) for given, folder in zip(ranks, folders, strict=True)]
+    return [WrittenCandidate(*parts) for parts in zip(candidates, folders, sizes, strict=True)]
+
+
+def _size(layers: list[Layer], ranks: Mapping[str, int], init: Path) -> str:
+    adapted = [layer for layer in layers if ranks.get(layer.name, 0) > 0]
+    parameters = parameter_count(init)
+    without = f" ({len(layers) - len(adapted)} layers got rank 0)" if len(adapted) < len(layers) else ""
+    return f"{len(adapted)} layers{without}, {parameters:,} adapter parameters"
+
+
+def examine(
+    method: Method,
+    layers: list[Layer],
+    weights: Mapping[str, torch.Tensor],
+    statistics: StatisticsReader | None,
+    device: torch.device,
+) -> dict[str, dict[str, Any]]:
+    """What the method finds in each layer; layers are divided among the ranks, and every rank gets all findings."""
+    if type(method).examine is Method.examine:
+        return {layer.name: {} for layer in layers}
+    mine = {
+        layer.name: method.examine(layer, weights[layer.name].to(device), statistics)
+        for layer in progress(share(layers), "examine")
+    }
+    found = [mine] * world_size()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_gather_object(found, mine)
+    every = {name: finding for part in found for name, finding in part.items()}
+    return {layer.name: every[layer.name] for layer in layers}
+
+
+def _quantisation(
+    config: RunConfig,
+    method: Method,
+    layer: Layer,
+    weight: torch.Tensor,
+    initial: AdapterInit,
+    statistics: StatisticsReader | None,
+) -> dict[str, float]:
+    """Errors of the NF4 layer at step 0; nothing where the base is not quantised."""
+    if config.model.quantization == "none":
+        return {}
+    adapter = method.update(initial.tensors(method.pair), None)
+    subtracted = LowRank(initial.B, initial.A, method.scaling()) if initial.residual else None
+    if initial.subtracted is not None:
+        subtracted = LowRank(*initial.subtracted, method.scaling())
+    covariance = None
+    if statistics is not None and statistics.rounds(layer.name):
+        covariance = statistics.input_covariance(layer.name).matrix
+    dtype = getattr(torch, config.model.dtype)
+    return quantisation_errors(weight, adapter, subtracted, covariance, dtype, config.model.double_quantization)
 
 
 def check_ranks(layers: list[Layer], ranks: dict[str, int]) -> None:
@@ -84,21 +180,54 @@ def check_ranks(layers: list[Layer], ranks: dict[str, int]) -> None:
         raise UserError("method.rank: no layer got an adapter; raise the rank")
 
 
-def _assemble(config: RunConfig, method: Method, layers: list[Layer], staging: Path) -> None:
+def _assemble(
+    config: RunConfig,
+    method: Method,
+    layers: list[Layer],
+    ranks: Mapping[str, int],
+    findings: Mapping[str, Mapping[str, Any]],
+    staging: Path,
+) -> None:
     """Join the ranks' parts into one adapter and one report, layers in the model's order."""
     tensors, reports = {}, {}
     for number in range(world_size()):
         part = staging / f"part-{number}"
         tensors |= load_file(part.with_suffix(".safetensors"))
         reports |= read_json(part.with_suffix(".json"))
-    ordered = [layer.name for layer in layers if layer.name in reports]
-    factors = {name: LowRank(tensors[f"{name}.B"], tensors[f"{name}.A"], method.scaling()) for name in ordered}
-    write_adapter(staging, factors, config.model.path)
-    content = {"method": config.method["name"], "layers": {name: _finite(reports[name]) for name in ordered}}
-    write_json(staging / "report.json", content)
+    adapted = [layer.name for layer in layers if layer.name in reports]
+
+    subtracted = {
+        name: LowRank(tensors.pop(f"{name}.subtracted.B"), tensors.pop(f"{name}.subtracted.A"), method.scaling())
+        for name in adapted
+        if f"{name}.subtracted.A" in tensors
+    }
+    if subtracted:
+        write_adapter(staging / SUBTRACTED, subtracted, config.model.path)
+    adapter_config = method.adapter_config({name: ranks[name] for name in adapted}, config.model.path)
+    write_layers(staging, by_layer(tensors), adapter_config)
+    content = {}
+    for layer in layers:  # layers of rank 0 too: what was found there is why
+        shape = [layer.out_features, layer.in_features]
+        own = {"rank": ranks.get(layer.name, 0), "shape": shape, **reports.get(layer.name, {"residual": False})}
+        found = {key: value for key, value in findings[layer.name].items() if not key.startswith("_")}
+        content[layer.name] = _finite({**found, **own})
+    summary = method.summarise(layers, findings, ranks)
+    write_json(staging / "report.json", {"method": config.method["name"], "summary": summary, "layers": content})
+    if len(set(ranks.values())) > 1:
+        draw_ranks({layer.name: ranks.get(layer.name, 0) for layer in layers}, staging / "ranks.png")
     for number in range(world_size()):
         (staging / f"part-{number}.safetensors").unlink()
         (staging / f"part-{number}.json").unlink()
+
+
+def subtracted_blocks(init: Path) -> dict[str, LowRank]:
+    """What was taken out of each base weight at step 0, by layer name; layers that kept their weight are absent."""
+    report = read_json(init / "report.json")["layers"]
+    residual = any(layer["residual"] for layer in report.values())
+    blocks = {name: f for name, f in read_adapter(init).items() if report[name]["residual"]} if residual else {}
+    if (init / SUBTRACTED).is_dir():
+        blocks |= read_adapter(init / SUBTRACTED)
+    return blocks
 
 
 def _finite(report: dict[str, Any]) -> dict[str, Any]:

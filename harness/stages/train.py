@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,22 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 
-from harness.adapters.lora import add_initial, load_factors, read_adapter, subtract_from_base
-from harness.config import RunConfig
+from harness.adapters.base_parameters import keep_initial
+from harness.adapters.lora import add_initial, load_tensors, read_layers, subtract_from_base
+from harness.config import ModelConfig, RunConfig
 from harness.console import say
 from harness.data.sampling import sample
 from harness.data.sources import read_examples
 from harness.data.tokenisation import IGNORED, Row, tokenise
 from harness.errors import UserError
 from harness.export.shards import read_tensors
-from harness.files import read_json
 from harness.methods.base import LowRank, Method
 from harness.methods.registry import build_method
-from harness.models.loading import load_model, load_tokenizer
+from harness.models.loading import load_model, load_tokenizer, whole_weights
+from harness.models.quantisation import quantise_linears
+from harness.models.targets import target_modules
 from harness.run_directory import RunDirectory
+from harness.stages.initialise import subtracted_blocks
 from harness.training.callbacks import MetricsWriter, PreserveLoss, Projection, SingleBar
 from harness.training.distributed import barrier, rank, training_device, world_size
 from harness.training.penalties.base import Penalty, PenaltySetup
@@ -51,6 +55,7 @@ def train(config: RunConfig, run: RunDirectory) -> None:
     preserve = preserve_rows(config, tokenizer)
     penalties = build_penalties(config, preserve, tokenizer.pad_token_id)
     needs_original = any(penalty.needs_original_model and penalty.weight > 0 for penalty in penalties)
+    method.set_steps(steps)
     model = build_model(config, run, method, resume, needs_original)
     trainer = HarnessTrainer(
         model,
@@ -168,28 +173,53 @@ def build_model(
 ) -> nn.Module:
     """The model that is trained: base or residual weights, adapters with the tensors of step 0 or of ``resume``."""
     device = training_device()
-    if method.trains_base:
+    if method.trains_all:
         base = config.model if resume is None else config.model.model_copy(update={"path": str(resume / "trained")})
         return method.attach(_placed(load_model(base), device), {})
-    initial = read_adapter(run.init)
-    report = read_json(run.init / "report.json")["layers"]
-    ranks = {name: factor.A.shape[0] for name, factor in initial.items()}
-    model = method.attach(_placed(load_model(config.model), device), ranks)
-    residual = {name: factor for name, factor in initial.items() if report[name]["residual"]}
-    if residual:
-        assert isinstance(model, PeftModel)
-        subtract_from_base(model, residual)
+    if method.trains_base:
+        model = _placed(load_model(config.model), device)
+        targets = target_modules(model, config.model.target_modules)
+        model = method.attach(model, dict.fromkeys(targets, 0))
         if needs_original:
-            add_initial(model, initial, method.scaling())
-    load_factors(model, initial if resume is None else trained_factors(resume, method.scaling()))
+            keep_initial(model)
+        if resume is not None:
+            load_tensors(model, read_tensors(resume / "trained"))
+        return model
+    initial = read_layers(run.init)
+    subtracted = subtracted_blocks(run.init)
+    ranks = {name: own[method.pair[0]].shape[0] for name, own in initial.items()}
+    if config.model.quantization == "nf4":
+        model = method.attach(_quantised_base(config.model, subtracted, device), ranks)
+    else:
+        model = method.attach(_placed(load_model(config.model), device), ranks)
+        if subtracted:
+            subtract_from_base(model, subtracted)
+    if subtracted and needs_original:
+        assert isinstance(model, PeftModel)
+        start = {name: method.update(own, None) for name, own in initial.items()}
+        add_initial(model, {n: u for n, u in start.items() if isinstance(u, LowRank)}, method.scaling())
+    layers = initial if resume is None else trained_layers(resume, initial)
+    load_tensors(model, ((f"{layer}.{name}", tensor) for layer, own in layers.items() for name, tensor in own.items()))
     return model
 
 
-def trained_factors(checkpoint: Path, scaling: float) -> dict[str, LowRank]:
-    """The adapter factors of a checkpoint, by layer name."""
-    tensors = dict(read_tensors(checkpoint / "trained"))
-    names = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
-    return {n: LowRank(tensors[f"{n}.lora_B.weight"], tensors[f"{n}.lora_A.weight"], scaling) for n in names}
+def _quantised_base(config: ModelConfig, subtracted: Mapping[str, LowRank], device: torch.device) -> nn.Module:
+    """The base with NF4 residual weights, on ``device``; whole on every rank until DeepSpeed partitions it."""
+    with whole_weights():
+        model = load_model(config)
+    quantise_linears(model, subtracted, getattr(torch, config.dtype), config.double_quantization, device)
+    return model.to(device)
+
+
+def trained_layers(
+    checkpoint: Path, initial: Mapping[str, Mapping[str, torch.Tensor]]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The adapter's tensors of a checkpoint, by layer and name; one that was not trained is that of step 0."""
+    trained = dict(read_tensors(checkpoint / "trained"))
+    return {
+        layer: {name: trained.get(f"{layer}.{name}", tensor) for name, tensor in own.items()}
+        for layer, own in initial.items()
+    }
 
 
 def add_callbacks(

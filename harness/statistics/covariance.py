@@ -9,27 +9,19 @@ Layers that read the same tensor share one matrix (`harness.models.sharing`).
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from harness.data.collation import Batch
 from harness.errors import UserError
-
-
-@dataclass(frozen=True)
-class InputCovariance:
-    """``matrix``: mean of x xᵀ over ``tokens`` real tokens, shape (in_features, in_features), fp32, on the CPU."""
-
-    matrix: torch.Tensor
-    tokens: int
+from harness.statistics.statistic import Statistic
 
 
 @torch.no_grad()
 def collect_input_covariance(
     model: nn.Module, modules: dict[str, nn.Linear], groups: dict[str, str], batches: Iterable[Batch]
-) -> dict[str, InputCovariance]:
+) -> dict[str, Statistic]:
     """Collect one input covariance per distinct input over this rank's ``batches``, summed over all ranks.
 
     Args:
@@ -90,4 +82,4 @@ def collect_input_covariance(
     count = int(tokens)
     if count == 0:
         raise UserError("statistics: the sampled rows hold no real token; check the prompt column and max_length")
-    return {group: InputCovariance((matrix / count).cpu(), count) for group, matrix in accumulators.items()}
+    return {group: Statistic((matrix / count).cpu(), count) for group, matrix in accumulators.items()}

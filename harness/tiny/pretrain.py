@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from harness.console import progress
 from harness.tiny.options import PretrainOptions
+from harness.training.distributed import name_accelerator
 
 
 def pretrain(
@@ -76,6 +77,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
         do_sample=False,
     )
     transformers_logging.disable_progress_bar()  # one file of a few megabytes
+    name_accelerator()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -6,6 +6,7 @@ and nothing that is loaded can execute code.
 
     step-N/trained/            trained parameters (fp32): an adapter's factors, or a whole model for full fine-tuning
     step-N/optimizer/          first and second moments (only the newest checkpoint keeps them)
+    step-N/method.safetensors  what the method itself remembers, where it does (only the newest checkpoint)
     step-N/trainer_state.json  transformers' trainer state;  step-N/scheduler.json  the schedule, fp16 scale, step count
 """
 
@@ -17,28 +18,29 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness.adapters.lora import saved_name
+from harness.adapters.partitioned import read_trained, write_master
 from harness.errors import UserError
 from harness.export.shards import ShardWriter, read_tensors
 from harness.files import read_json, write_json
-from harness.training.distributed import rank, world_size
+from harness.training.distributed import rank
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+METHOD_STATE = "method.safetensors"
 
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """``(name, parameter)`` of everything that is trained, under the names of the base model's modules."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            yield name.removeprefix("base_model.model.").replace(".default.weight", ".weight"), parameter
+            yield saved_name(name), parameter
 
 
 def write_trained(folder: Path, engine: Any) -> None:
     """Write every trained parameter in fp32 to ``folder``. Collective: every rank calls, rank 0 writes."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
     writer = ShardWriter(folder)
     for name, parameter in trained_parameters(engine.module):
-        value = safe_get_full_fp32_param(parameter)
+        value = read_trained(parameter)
         if rank() == 0:
             writer.add(name, value)
     if rank() == 0:
@@ -49,6 +51,7 @@ def write_optimizer(folder: Path, engine: Any) -> None:
     """Write the moments of every trained parameter. Collective: every rank calls, rank 0 writes."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
+    _link_optimizer_state(engine.optimizer)
     writer = ShardWriter(folder)
     for name, parameter in trained_parameters(engine.module):
         for moment in MOMENTS:
@@ -73,36 +76,15 @@ def restore_engine(checkpoint: Path, engine: Any) -> None:
             f"train: {checkpoint} has no optimiser state (only the newest checkpoint keeps it), so training cannot go "
             "on from it; start over with --force train"
         )
-    from deepspeed.utils import (
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
-
     parameters = dict(trained_parameters(engine.module))
     saved = read_json(checkpoint / "scheduler.json")
     _create_optimizer_state(engine.optimizer, saved["optimizer_steps"])
 
-    def own_part(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
-        """This rank's part under ZeRO-3: equal parts, the last one padded, which DeepSpeed's full setters forget."""
-        size = parameter.ds_tensor.numel()
-        padded = torch.nn.functional.pad(value.flatten(), (0, size * world_size() - value.numel()))
-        return padded.narrow(0, size * rank(), size)
-
     for name, value in read_tensors(checkpoint / "trained"):
-        parameter = parameters[name]
-        if hasattr(parameter, "ds_id"):
-            safe_set_local_fp32_param(parameter, own_part(parameter, value))
-        else:
-            safe_set_full_fp32_param(parameter, value)
+        write_master(parameters[name], value)
     for key, value in read_tensors(checkpoint / "optimizer"):
         name, moment = key.rsplit(".", 1)
-        parameter = parameters[name]
-        if hasattr(parameter, "ds_id"):
-            safe_set_local_optimizer_state(parameter, own_part(parameter, value), moment)
-        else:
-            safe_set_full_optimizer_state(parameter, value, moment)
+        write_master(parameters[name], value, moment)
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None and saved["loss_scale"] is not None:
         scaler.cur_scale = saved["loss_scale"]
@@ -119,7 +101,16 @@ def _create_optimizer_state(zero_optimizer: Any, steps: float) -> None:
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
+    _link_optimizer_state(zero_optimizer)
+
+
+def _link_optimizer_state(zero_optimizer: Any) -> None:
+    """Make ZeRO-1 and -2 find every parameter's moments.
+
+    DeepSpeed links them once, after the first step of the first parameter group, when the others have none yet.
+    """
     if hasattr(zero_optimizer, "_lazy_init_hp_params_optimizer_state"):
+        zero_optimizer._hp_optimizer_states_linked = False
         zero_optimizer._lazy_init_hp_params_optimizer_state()
 
 
@@ -149,5 +140,6 @@ def restore_schedule(path: Path, scheduler: Any, optimizer: Any) -> None:
 
 
 def drop_optimizer(checkpoint: Path) -> None:
-    """Free the space of an older checkpoint's moments; its trained tensors stay for evaluation and export."""
+    """Free the space of what an older checkpoint has for resuming; its trained tensors stay to be exported."""
     shutil.rmtree(checkpoint / "optimizer", ignore_errors=True)
+    (checkpoint / METHOD_STATE).unlink(missing_ok=True)

@@ -18,8 +18,7 @@ def join_ranks() -> None:
 
     DeepSpeed must know the world size before any ZeRO-3 configuration is built, else it takes it for 1.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    name_accelerator()
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     alone = "RANK" not in os.environ
     for key, value in defaults.items():
@@ -36,6 +35,15 @@ def join_ranks() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False)
     die_with_supervisor()
+
+
+def name_accelerator() -> None:
+    """Tell DeepSpeed that there is only a CPU, where that is so; it warns about it when it finds out by itself.
+
+    Saving a model is enough: transformers then imports it.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def rank() -> int:

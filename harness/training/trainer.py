@@ -18,7 +18,8 @@ from harness.data.collation import Batch, collate, stack
 from harness.data.sampling import seed_for
 from harness.data.tokenisation import IGNORED, Row
 from harness.errors import UserError
-from harness.files import publish_directory
+from harness.export.shards import read_file
+from harness.files import publish_directory, write_tensors
 from harness.methods.base import Method
 from harness.training import checkpoint as checkpoints
 from harness.training.distributed import barrier, rank, world_size
@@ -131,7 +132,7 @@ class HarnessTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the method's parameter groups; DeepSpeed shards its state."""
         if self.optimizer is None:
-            groups = self._method.param_groups(model or self.model, self.args.weight_decay)
+            groups = self._method.param_groups(model or self.model, self.args.learning_rate, self.args.weight_decay)
             self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate)
         return self.optimizer
 
@@ -146,9 +147,12 @@ class HarnessTrainer(Trainer):
         barrier()
         checkpoints.write_trained(staging / "trained", self.deepspeed)
         checkpoints.write_optimizer(staging / "optimizer", self.deepspeed)
+        state = self._method.state(self.model)
         if rank() == 0:
-            if self._method.trains_base:  # makes ``trained/`` a folder that from_pretrained reads
+            if self._method.trains_all:  # makes ``trained/`` a folder that from_pretrained reads
                 self.model.config.save_pretrained(staging / "trained")
+            if state:
+                write_tensors(staging / checkpoints.METHOD_STATE, state)
             checkpoints.write_schedule(staging / "scheduler.json", self.deepspeed, self.lr_scheduler)
             self.state.save_to_json(str(staging / "trainer_state.json"))
             publish_directory(staging, final)
@@ -159,12 +163,26 @@ class HarnessTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._announce_steps()
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             checkpoints.restore_engine(folder, self.deepspeed)
             checkpoints.restore_schedule(folder / "scheduler.json", self.lr_scheduler, self.optimizer)
+            if (folder / checkpoints.METHOD_STATE).is_file():
+                self._method.load_state(self.model, dict(read_file(folder / checkpoints.METHOD_STATE)))
             self._logged_step = self.state.global_step
         return prepared
+
+    def _announce_steps(self) -> None:
+        """Let the method see the gradients of each step: accelerate runs backward pass and step in one call."""
+        engine = self.deepspeed
+        step = engine.step
+
+        def announced(*args: Any, **kwargs: Any) -> Any:
+            self._method.before_step(self.model, self.state.global_step + 1)
+            return step(*args, **kwargs)
+
+        engine.step = announced
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to load: `training_step` seeds every pass."""

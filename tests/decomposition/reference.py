@@ -1,4 +1,6 @@
-"""CO-SVD as the paper writes it, in float64, with everything that the harness leaves out: C̃⁻¹ and the right vectors."""
+"""CorDA++ as the paper writes it, in float64, with what the harness leaves out: C̃⁻¹, right vectors, loops."""
+
+import math
 
 import torch
 
@@ -33,3 +35,50 @@ def outlier_problem(
     X = torch.randn(tokens, in_features, generator=generator) * strength @ mixing
     X[:, outliers] *= factor
     return W, X.T @ X / tokens
+
+
+def paper_log_pi(C_damped: torch.Tensor, out_features: int) -> float:
+    """log π(C) from all singular values of C (CorDA++, below Eq. 6)."""
+    values = torch.linalg.svd(C_damped.double())[1]
+    return math.log(math.sqrt(out_features * float(values[0])) / float(values[-1]))
+
+
+def paper_selection_score(W: torch.Tensor, C: torch.Tensor, damping: float) -> float:
+    """Eq. 7 from full decompositions of C and W·C, summed one by one from the last component to the first."""
+    C64 = C.double()
+    C_damped = C64 + damping * C64.diagonal().mean() * torch.eye(len(C64), dtype=torch.float64)
+    sigma = torch.linalg.svd(W.double() @ C_damped)[1].tolist()
+    return paper_log_pi(C_damped, len(W)) * math.fsum(sigma[-r] / max(sigma) for r in range(1, len(sigma) + 1))
+
+
+def paper_filtering(
+    sigmas: list[list[float]], log_pis: list[float], costs: list[int], budget: int, mode: str
+) -> tuple[list[int], list[int]]:
+    """Algorithm 2, literally: the layers in the order in which they are taken, and the final r of each.
+
+    Ours at the ends, which the paper leaves open: a layer with r = R is not taken again; IPM looks at the budget
+    before the first step too; KPM undoes the step that exceeded the budget.
+    """
+    layers = range(len(sigmas))
+    r = [1 for _ in layers]
+    taken: list[int] = []
+
+    def parameters() -> int:
+        return sum(costs[layer] * (r[layer] if mode == "kpm" else len(sigmas[layer]) - r[layer]) for layer in layers)
+
+    def score(layer: int) -> float:  # Eq. 9
+        sigma, R = sigmas[layer], len(sigmas[layer])
+        return log_pis[layer] * (sigma[-r[layer]] / math.fsum(sigma[: R - r[layer]]))
+
+    while mode == "kpm" or parameters() > budget:
+        scores = {layer: score(layer) for layer in layers if r[layer] < len(sigmas[layer])}
+        if not scores:
+            break
+        chosen = min(scores, key=lambda layer: scores[layer])  # arg min: the first of equals
+        r[chosen] += 1
+        taken.append(chosen)
+        if mode == "kpm" and parameters() > budget:
+            r[chosen] -= 1
+            taken.pop()
+            break
+    return taken, r

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 METHODS = {
     "kpm": ({"name": "corda", "mode": "kpm", "rank": 8}, {"kl": 1.0, "prompts_per_step": 5}),
     "full": ({"name": "full"}, None),
+    "nf4": ({"name": "corda", "mode": "ipm", "rank": 8}, {"kl": 1.0, "prompts_per_step": 5}),
 }
 
 
@@ -51,7 +52,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, random_base: Path, data_files
             name = f"{method}-{ranks}-zero{zero}"
             content = {
                 "name": name,
-                "model": {"path": str(random_base), "dtype": "float32"},
+                "model": {
+                    "path": str(random_base),
+                    "dtype": "float32",
+                    "quantization": "nf4" if method == "nf4" else "none",
+                },
                 "data": {
                     "train": {"path": str(data_files["train"]), "prompt": "q", "response": "a"},
                     "preserve": {"path": str(data_files["preserve"]), "prompt": "q", "samples": 32},
@@ -90,6 +95,11 @@ def test_two_ranks_equal_one(runs, zero: int) -> None:
 
 def test_full_fine_tuning_under_zero3(runs) -> None:
     assert largest_difference(trained(runs("full", 1, 1)), trained(runs("full", 2, 3))) <= 1e-3
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_quantised_residual_on_two_ranks(runs, zero: int) -> None:
+    assert largest_difference(trained(runs("nf4", 1, 2)), trained(runs("nf4", 2, zero))) <= 1e-3
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])

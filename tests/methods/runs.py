@@ -12,7 +12,8 @@ from harness.config import ModelConfig, RunConfig, resolve
 from harness.data.collation import Batch, collate
 from harness.data.tokenisation import Row
 from harness.export.shards import ShardWriter
-from harness.methods.registry import build_method
+from harness.methods.base import Method
+from harness.methods.registry import build_method, example_options, method_class, method_names
 from harness.models.loading import load_model
 from harness.run_directory import RunDirectory
 from harness.stages.calibrate import calibrate
@@ -20,14 +21,40 @@ from harness.stages.initialise import initialise
 from harness.stages.train import build_model
 from harness.training.checkpoint import trained_parameters
 
-METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"name": "lora", "rank": 8},
-    "lora, alpha 20": {"name": "lora", "rank": 8, "alpha": 20.0},
-    "kpm": {"name": "corda", "mode": "kpm", "rank": 8},
-    "kpm, alpha 3": {"name": "corda", "mode": "kpm", "rank": 8, "alpha": 3.0},
-    "ipm": {"name": "corda", "mode": "ipm", "rank": 8},
-    "ipm, alpha 20": {"name": "corda", "mode": "ipm", "rank": 8, "alpha": 20.0},
+RANK = 8
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {"name": "lora", "rank": RANK},
+    "lora, alpha 20": {"name": "lora", "rank": RANK, "alpha": 20.0},
+    "kpm": {"name": "corda", "mode": "kpm", "rank": RANK},
+    "kpm, alpha 3": {"name": "corda", "mode": "kpm", "rank": RANK, "alpha": 3.0},
+    "ipm": {"name": "corda", "mode": "ipm", "rank": RANK},
+    "ipm, alpha 20": {"name": "corda", "mode": "ipm", "rank": RANK, "alpha": 20.0},
+    "pissa, alpha 20": {"name": "pissa", "rank": RANK, "alpha": 20.0},
+    "milora, alpha 3": {"name": "milora", "rank": RANK, "alpha": 3.0},
+    "olora, alpha 3": {"name": "olora", "rank": RANK, "alpha": 3.0},
+    "lora_null, v2, alpha 80": {"name": "lora_null", "rank": RANK, "freeze_a": True, "alpha": 80.0},
+    "lora_ga, peft, alpha 3": {"name": "lora_ga", "rank": RANK, "formula": "peft", "alpha": 3.0},
 }
+
+
+def registered(quantised: bool = False) -> dict[str, dict[str, Any]]:
+    """Every registered method of LoRA's form, once with each combination of its required choices.
+
+    ``quantised``: those that are made for an NF4 base, or the others.
+    """
+    found = {}
+    for name in method_names():
+        cls = method_class(name)
+        lora_form = cls.pair == Method.pair and cls.write_adapter is Method.write_adapter and not cls.trains_base
+        if not lora_form or cls.needs_quantised_base != quantised:
+            continue
+        rank = {"rank": RANK} if "rank" in cls.Options.model_fields else {}
+        for example in example_options(cls):
+            found[" ".join([name, *map(str, example.values())])] = {"name": name, **rank, **example}
+    return found
+
+
+METHODS = VARIANTS | {k: v for k, v in registered().items() if v not in VARIANTS.values()}
 PAD = 2
 
 

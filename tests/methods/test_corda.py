@@ -8,20 +8,10 @@ import torch
 from harness.errors import UserError
 from harness.methods.corda import CorDA, CorDAOptions
 from harness.models.targets import Layer
-from harness.statistics.covariance import InputCovariance
 from tests.decomposition.reference import outlier_problem, paper_block
+from tests.methods.held import Held
 
 RANK = 16
-
-
-class Held:
-    """Statistics of one layer, in memory."""
-
-    def __init__(self, matrix: torch.Tensor) -> None:
-        self._covariance = InputCovariance(matrix, 4000)
-
-    def input_covariance(self, layer: str) -> InputCovariance:
-        return self._covariance
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (704, 256), (256, 704)], ids=str)
@@ -31,7 +21,7 @@ def test_stored_factors_equal_the_paper(shape: tuple[int, int], mode: str) -> No
     block = paper_block(W, C, 0.01, RANK, mode)
     for alpha in (None, 4.0, 40.0):
         method = CorDA(CorDAOptions(mode=mode, rank=RANK, alpha=alpha))
-        initial = method.initialise(Layer("layer", *shape), W, RANK, Held(C))
+        initial = method.initialise(Layer("layer", *shape), W, RANK, Held(C), {})
         assert initial.residual
         assert initial.A.dtype == initial.B.dtype == torch.float32
         assert method.scaling() == (alpha or RANK) / RANK
@@ -44,8 +34,8 @@ def test_scaling_is_split_evenly() -> None:
     """Both factors are divided by √s: neither learns faster than the other because of α."""
     W, C = outlier_problem(64, 64, 4000)
     layer = Layer("layer", 64, 64)
-    plain = CorDA(CorDAOptions(mode="kpm", rank=8)).initialise(layer, W, 8, Held(C))
-    scaled = CorDA(CorDAOptions(mode="kpm", rank=8, alpha=32.0)).initialise(layer, W, 8, Held(C))
+    plain = CorDA(CorDAOptions(mode="kpm", rank=8)).initialise(layer, W, 8, Held(C), {})
+    scaled = CorDA(CorDAOptions(mode="kpm", rank=8, alpha=32.0)).initialise(layer, W, 8, Held(C), {})
     assert torch.allclose(scaled.A * 2, plain.A, rtol=1e-6)
     assert torch.allclose(scaled.B * 2, plain.B, rtol=1e-6)
 
@@ -54,13 +44,13 @@ def test_scaling_is_split_evenly() -> None:
 def test_full_rank_takes_the_whole_weight(mode: str) -> None:
     W, C = outlier_problem(32, 48, 4000)
     method = CorDA(CorDAOptions(mode=mode, rank=32))
-    initial = method.initialise(Layer("layer", 32, 48), W, 32, Held(C))
+    initial = method.initialise(Layer("layer", 32, 48), W, 32, Held(C), {})
     assert float((initial.B @ initial.A - W).norm() / W.norm()) <= 1e-5
 
 
 def test_layer_whose_input_is_zero() -> None:
     with pytest.raises(UserError, match=r"the input of layer deep is zero on every token"):
-        CorDA(CorDAOptions(mode="kpm")).initialise(Layer("deep", 4, 4), torch.eye(4), 2, Held(torch.zeros(4, 4)))
+        CorDA(CorDAOptions(mode="kpm")).initialise(Layer("deep", 4, 4), torch.eye(4), 2, Held(torch.zeros(4, 4)), {})
 
 
 def test_statistics_of_the_right_data() -> None:

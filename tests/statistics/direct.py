@@ -14,8 +14,9 @@ from harness.data.tokenisation import Row
 from harness.models.loading import load_model
 from harness.models.sharing import input_groups
 from harness.models.targets import target_modules
-from harness.statistics.covariance import InputCovariance, collect_input_covariance
-from harness.statistics.store import write_statistics
+from harness.statistics.covariance import collect_input_covariance
+from harness.statistics.statistic import Statistic
+from harness.statistics.store import StatisticsWriter
 from harness.training.distributed import free_port
 
 PAD = 2
@@ -54,7 +55,7 @@ def direct_covariances(
 
 def collected(
     model: PreTrainedModel, rows: list[Row], batch_size: int, side: str = "right", start: int = 0, step: int = 1
-) -> tuple[dict[str, InputCovariance], dict[str, str]]:
+) -> tuple[dict[str, Statistic], dict[str, str]]:
     """The harness's covariances; with ``start`` and ``step``, of this rank's batches."""
     modules = target_modules(model, "all-linear")
     groups = input_groups(model, modules, {"input_ids": torch.tensor([[3, 4, 5]]), "use_cache": False})
@@ -70,7 +71,9 @@ def one_rank(number: int, ranks: int, port: int, base: str, folder: Path) -> Non
     working = max(1, ranks - 1)
     mine = make_rows(20) if number < working else []
     covariances, groups = collected(model, mine, 3, start=number, step=working)
-    write_statistics(folder / f"{ranks}-ranks" / f"rank-{number}", covariances, groups)
+    writer = StatisticsWriter(folder / f"{ranks}-ranks" / f"rank-{number}")
+    writer.add("input_covariance", covariances, groups)
+    writer.close()
     torch.distributed.destroy_process_group()
 
 

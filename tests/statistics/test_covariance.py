@@ -14,10 +14,12 @@ from harness.config import ModelConfig
 from harness.data.collation import collate
 from harness.data.tokenisation import Row
 from harness.errors import UserError
+from harness.methods.base import Statistics
+from harness.methods.corda import CorDA, CorDAOptions
 from harness.models.loading import load_model
-from harness.models.targets import target_modules
+from harness.models.targets import describe, target_modules
 from harness.statistics.covariance import collect_input_covariance
-from harness.statistics.store import StatisticsReader
+from harness.statistics.store import StatisticsReader, StatisticsWriter
 from tests.statistics.direct import PAD, collected, direct_covariances, make_rows
 
 BOUND = 1e-5
@@ -69,6 +71,35 @@ def gangs(random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def chosen_ranks(model: PreTrainedModel, statistics: Statistics, mode: str) -> tuple[dict[str, int], list[float]]:
+    """CorDA++'s ranks, and the selection score of every layer."""
+    method = CorDA(CorDAOptions(mode=mode, rank=8, dynamic_rank=True))
+    modules = target_modules(model, "all-linear")
+    findings = {
+        layer.name: method.examine(layer, modules[layer.name].weight.detach(), statistics)
+        for layer in describe(modules)
+    }
+    return method.ranks(describe(modules), findings), [found["selection_score"] for found in findings.values()]
+
+
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+def test_ranks_that_corda_chooses(model: PreTrainedModel, gangs: Path, tmp_path: Path, mode: str) -> None:
+    """The same for 1, 2 and 3 ranks of the gang and for batch sizes 1, 3 and 8."""
+    expected, scores = chosen_ranks(model, StatisticsReader(gangs / "1-ranks" / "rank-0"), mode)
+    assert len(set(expected.values())) > 1
+    others = [StatisticsReader(gangs / f"{ranks}-ranks" / "rank-0") for ranks in (2, 3)]
+    for batch_size in (1, 3, 8):
+        covariances, groups = collected(model, make_rows(20), batch_size)
+        writer = StatisticsWriter(tmp_path / str(batch_size))
+        writer.add("input_covariance", covariances, groups)
+        writer.close()
+        others.append(StatisticsReader(tmp_path / str(batch_size)))
+    for statistics in others:
+        found, own = chosen_ranks(model, statistics, mode)
+        assert found == expected
+        assert own == pytest.approx(scores, rel=BOUND)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

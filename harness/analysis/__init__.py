@@ -1,0 +1,1 @@
+"""What a decomposition would keep and lose, before anything is trained: spectra, input covariances, truncation."""

@@ -27,7 +27,7 @@ def demo(out: Path) -> None:
     """
     began = time.monotonic()
     say("The demo in four parts: a small Llama that knows 700 invented facts, and three ways to teach it a new skill.")
-    say("1/4  the base model: pre-trained here the first time (about three minutes on two cores), then cached")
+    say("1/4  the base model: pre-trained here the first time (one to three minutes on two cores), then cached")
     world = build()
     directories = []
     for number, (name, overrides) in enumerate(VARIANTS.items(), start=2):

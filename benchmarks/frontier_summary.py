@@ -54,9 +54,7 @@ def best_methods(points: Sequence[Point], count: int = 3) -> list[str]:
     return sorted(scores, key=lambda name: -scores[name])[:count]
 
 
-def summarise(
-    points: Sequence[Point], curves: Sequence[dict[str, Any]], errors: dict[str, list[float]]
-) -> dict[str, Any]:
+def summarise(points: Sequence[Point], curves: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Per method K at matched T and the end points of its rates; then the claims."""
     methods = {}
     for method in dict.fromkeys(p["method"] for p in points):
@@ -74,9 +72,6 @@ def summarise(
         **{
             f"steps to LoRA's final training loss, {method}": steps_to_loss(curves, method, "LoRA")
             for method in ("CorDA-IPM", "CorDA++-IPM", "PiSSA", "CorDA-KPM", "FARSS", "full")
-        },
-        "step-0 output error, mean over layers": {
-            method: {"mean": statistics.mean(values), "largest": max(values)} for method, values in errors.items()
         },
     }
     return {"methods": methods, "claims": claims}
@@ -157,10 +152,8 @@ def print_tables(summary: dict[str, Any]) -> None:
     for claim, content in summary["claims"].items():
         if claim.startswith("K at"):
             text = ", ".join(f"T={t}: {_cell(row)}" for t, row in content.items())
-        elif claim.startswith("steps"):
-            text = ", ".join(f"seed {r['seed']}: {r['steps']} (LoRA {r['reference_steps']})" for r in content)
         else:
-            text = ", ".join(f"{name} {v['mean']:.4f} (largest {v['largest']:.4f})" for name, v in content.items())
+            text = ", ".join(f"seed {r['seed']}: {r['steps']} (LoRA {r['reference_steps']})" for r in content)
         print(f"- {claim}: {text}")
 
 

@@ -16,6 +16,7 @@ with results is never run again; delete its folder to do so.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -180,8 +181,6 @@ def read_points(studies: dict[str, Study], out: Path) -> list[dict[str, Any]]:
 
 def read_curves(studies: dict[str, Study], out: Path) -> list[dict[str, Any]]:
     """The training loss of every finished cell: mean over the 20 steps that end at each logged step."""
-    import json
-
     curves = []
     for cell in cells(studies):
         if cell.finished(out):
@@ -189,18 +188,6 @@ def read_curves(studies: dict[str, Study], out: Path) -> list[dict[str, Any]]:
             losses = [[line["step"], line["loss"]] for line in lines if "loss" in line]
             curves.append({"method": cell.method, "rate": cell.rate, "seed": cell.seed, "losses": losses})
     return curves
-
-
-def read_errors(studies: dict[str, Study], out: Path) -> dict[str, list[float]]:
-    """Step-0 output error of every layer of the quantised methods, over the seeds at their first rate."""
-    errors: dict[str, list[float]] = {}
-    for method, study in studies.items():
-        for seed in study.seeds:
-            cell = Cell(method, study.rates[0], seed)
-            if NF4 in study.overrides and cell.finished(out):
-                layers = read_json(out / cell.name / "init" / "report.json")["layers"].values()
-                errors.setdefault(method, []).extend(e["output_error"] for e in layers if "output_error" in e)
-    return errors
 
 
 def with_second_base(studies: dict[str, Study], out: Path) -> dict[str, Study]:
@@ -236,7 +223,7 @@ def main() -> None:
 
     studies = with_second_base(STUDIES, out)
     points = read_points(studies, out)
-    summary = summarise(points, read_curves(studies, out), read_errors(studies, out))
+    summary = summarise(points, read_curves(studies, out))
     print_tables(summary)
     finished = sum(cell.finished(out) for cell in cells(studies))
     setting = {"steps": STEPS, "save_steps": SAVE_STEPS, "batch_size": 32, "rank": 16}

@@ -92,13 +92,13 @@ def quantise_linears(
 
 def quantisation_errors(
     weight: torch.Tensor,
-    adapter: "Update",
+    adapter: "Update | None",
     subtracted: "LowRank | None",
     covariance: torch.Tensor | None,
     dtype: torch.dtype,
     double: bool,
 ) -> dict[str, float]:
-    """How far a layer at step 0 is from the base: E = W − Q(W′) − s·B₀A₀.
+    """How far a layer at step 0 is from the base: E = W − Q(W′) − s·B₀A₀, or W − Q(W) where it has no adapter.
 
     Returns:
         ``weight_error`` ‖E‖/‖W‖ and, with the input ``covariance`` (in, in), ``output_error`` ‖E X‖/‖W X‖ on the
@@ -106,7 +106,9 @@ def quantisation_errors(
     """
     frozen = nf4_values(residual_weight(weight, subtracted, dtype), double)
     W = weight.double()
-    E = W - frozen.double() - adapter.dense(frozen.float()).double().to(W.device)
+    E = W - frozen.double()
+    if adapter is not None:
+        E -= adapter.dense(frozen.float()).double().to(W.device)
     errors = {"weight_error": float(E.norm() / W.norm())}
     if covariance is not None:
         C = covariance.double().to(W.device)

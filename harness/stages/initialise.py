@@ -93,10 +93,14 @@ def _write_candidates(config: RunConfig, method: Method, run: RunDirectory, stag
 
     tensors: list[dict[str, torch.Tensor]] = [{} for _ in candidates]
     reports: list[dict[str, Any]] = [{} for _ in candidates]
-    for layer in progress(share([layer for layer in layers if any(r.get(layer.name, 0) for r in ranks)]), "initialise"):
+    for layer in progress(share(layers), "initialise"):
         weight = weights[layer.name].to(device)
         for candidate, given, own, report in zip(candidates, ranks, tensors, reports, strict=True):
-            if given.get(layer.name, 0) == 0:
+            if given.get(layer.name, 0) == 0:  # no adapter, but over an NF4 base quantised all the same
+                report[layer.name] = {
+                    **_quantisation(config, candidate, layer, weight, None, statistics),
+                    "residual": False,
+                }
                 continue
             initial = candidate.initialise(layer, weight, given[layer.name], statistics, findings[layer.name])
             own |= {f"{layer.name}.{name}": tensor for name, tensor in initial.tensors(candidate.pair).items()}
@@ -150,16 +154,19 @@ def _quantisation(
     method: Method,
     layer: Layer,
     weight: torch.Tensor,
-    initial: AdapterInit,
+    initial: AdapterInit | None,
     statistics: StatisticsReader | None,
 ) -> dict[str, float]:
-    """Errors of the NF4 layer at step 0; nothing where the base is not quantised."""
+    """Errors of the NF4 layer at step 0, with or without an adapter; nothing where the base is not quantised."""
     if config.model.quantization == "none":
         return {}
-    adapter = method.update(initial.tensors(method.pair), None)
-    subtracted = LowRank(initial.B, initial.A, method.scaling()) if initial.residual else None
-    if initial.subtracted is not None:
-        subtracted = LowRank(*initial.subtracted, method.scaling())
+    adapter = subtracted = None
+    if initial is not None:
+        adapter = method.update(initial.tensors(method.pair), None)
+        if initial.subtracted is not None:
+            subtracted = LowRank(*initial.subtracted, method.scaling())
+        elif initial.residual:
+            subtracted = LowRank(initial.B, initial.A, method.scaling())
     covariance = None
     if statistics is not None and statistics.rounds(layer.name):
         covariance = statistics.input_covariance(layer.name).matrix
@@ -194,7 +201,7 @@ def _assemble(
         part = staging / f"part-{number}"
         tensors |= load_file(part.with_suffix(".safetensors"))
         reports |= read_json(part.with_suffix(".json"))
-    adapted = [layer.name for layer in layers if layer.name in reports]
+    adapted = [layer.name for layer in layers if ranks.get(layer.name, 0) > 0]
 
     subtracted = {
         name: LowRank(tensors.pop(f"{name}.subtracted.B"), tensors.pop(f"{name}.subtracted.A"), method.scaling())
@@ -208,7 +215,7 @@ def _assemble(
     content = {}
     for layer in layers:  # layers of rank 0 too: what was found there is why
         shape = [layer.out_features, layer.in_features]
-        own = {"rank": ranks.get(layer.name, 0), "shape": shape, **reports.get(layer.name, {"residual": False})}
+        own = {"rank": ranks.get(layer.name, 0), "shape": shape, **reports[layer.name]}
         found = {key: value for key, value in findings[layer.name].items() if not key.startswith("_")}
         content[layer.name] = _finite({**found, **own})
     summary = method.summarise(layers, findings, ranks)

@@ -90,6 +90,27 @@ def test_stated_errors(started: Started) -> None:
         assert report[name]["output_error"] == pytest.approx(float((E @ X).norm() / (W @ X).norm()), rel=1e-3)
 
 
+def test_a_layer_without_an_adapter_is_quantised_too(base_config: dict[str, Any]) -> None:
+    """CorDA++ in IPM leaves layers at rank 0 here; their errors are those of plain NF4."""
+    base_config["model"]["quantization"] = "nf4"
+    method = {"name": "corda", "mode": "ipm", "rank": 1, "dynamic_rank": True}
+    config, run = step_zero(base_config, method, "without")
+    report = read_json(run.init / "report.json")["layers"]
+    without = [name for name, layer in report.items() if layer["rank"] == 0]
+    assert without and len(without) < len(report)
+    assert read_adapter(run.init).keys() == report.keys() - set(without)
+    inputs, frozen = calibration_inputs(config), dequantised(config, run)
+    modules = target_modules(base_model(config), "all-linear")
+    for name in without:
+        W = modules[name].weight.detach().double()
+        E = W - frozen[name].double()
+        assert report[name]["weight_error"] == pytest.approx(float(E.norm() / W.norm()), rel=1e-4)
+        expected = float((E @ inputs[name]).norm() / (W @ inputs[name]).norm())
+        assert report[name]["output_error"] == pytest.approx(expected, rel=1e-3)
+    live = exported(config, run)
+    assert largest(by_transformers_alone(run.merged, torch.float64), live) <= BOUND * float(live.abs().max())
+
+
 def calibration_inputs(config: RunConfig) -> dict[str, torch.Tensor]:
     """X of every layer, (in, tokens), float64: the rows that calibration drew, one at a time, unpadded."""
     from harness.data.sampling import sample

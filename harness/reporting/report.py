@@ -289,13 +289,17 @@ def _layer_table(initialisation: Initialisation) -> Table:
 
 def _places(run: Path) -> list[tuple[str, str]]:
     """The files that exist, relative to the run directory, each with what it is."""
+    quantised = (run / "frozen_base").exists()
     known = {
-        "adapter": "the trained adapter, a plain PEFT LoRA on the original base model",
+        "adapter": "the trained adapter, in PEFT's format, on "
+        + ("frozen_base" if quantised else "the original base model"),
+        "frozen_base": "the frozen weights that training saw, quantised and dequantised",
         "merged": "the merged model, safetensors and tokeniser",
         "checkpoints": "the checkpoints along training",
         "eval/results.json": "all scores",
         "metrics.jsonl": "every logged step",
         "init/report.json": "the initialisation, layer by layer",
+        "init/ranks.png": "the rank of every layer, by depth and module type",
         "config.yaml": "the resolved configuration, enough to repeat the run",
         "environment.json": "versions and hardware",
     }
@@ -310,6 +314,8 @@ def _snippets(record: RunRecord) -> list[Snippet]:
     found = []
     if (run / "adapter").is_dir() and base:
         adapter = run / "adapter"
+        config = read_json(adapter / "adapter_config.json") if (adapter / "adapter_config.json").exists() else {}
+        base = config.get("base_model_name_or_path") or base  # a quantised run's adapter lies on its frozen base
         python = (
             "from peft import PeftModel\n"
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -320,19 +326,19 @@ def _snippets(record: RunRecord) -> list[Snippet]:
         found.append(Snippet("Load the adapter with PEFT", "python", python))
         lora = f"{served}={adapter}"
         command = (
-            f"vllm serve {shlex.quote(str(base))} --enable-lora --max-lora-rank {_served_rank(adapter)} \\\n"
+            f"vllm serve {shlex.quote(str(base))} --enable-lora --max-lora-rank {_served_rank(config)} \\\n"
             f"  --lora-modules {shlex.quote(lora)}"
         )
-        found.append(Snippet("Serve the adapter with vLLM", "sh", command))
+        if not config.get("use_dora"):  # vLLM has no such layers; merged/ is served
+            found.append(Snippet("Serve the adapter with vLLM", "sh", command))
     if (run / "merged").is_dir():
         command = f"vllm serve {shlex.quote(str(run / 'merged'))} --served-model-name {served}"
         found.append(Snippet("Serve the merged model with vLLM", "sh", command))
     return found
 
 
-def _served_rank(adapter: Path) -> int:
-    """The smallest rank that vLLM can be started with and that holds every layer of the adapter."""
-    config = read_json(adapter / "adapter_config.json") if (adapter / "adapter_config.json").exists() else {}
+def _served_rank(config: Mapping[str, Any]) -> int:
+    """The smallest rank that vLLM can be started with and that holds every layer of an adapter of ``config``."""
     rank = max([config.get("r", 1), *config.get("rank_pattern", {}).values()])
     return next((served for served in _SERVED_RANKS if served >= rank), rank)
 

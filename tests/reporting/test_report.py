@@ -316,3 +316,24 @@ def test_the_terminal_shows_the_same_scores(three_runs: list[Path], make_run: Ma
     line = next(line for line in shown.splitlines() if "anchored" in line)
     for cell in ("0.98", "0.97", "0.003", "40"):
         assert cell in line
+
+
+def test_a_quantised_run_is_loaded_on_its_frozen_base(make_run: MakeRun) -> None:
+    run = make_run()
+    frozen = run / "frozen_base"
+    frozen.mkdir()
+    write_json(run / "adapter" / "adapter_config.json", {"r": 8, "base_model_name_or_path": str(frozen)})
+    write_report(run)
+    text = (run / "report.md").read_text(encoding="utf-8")
+    assert f"AutoModelForCausalLM.from_pretrained('{frozen}'" in text
+    assert f"vllm serve {frozen} --enable-lora --max-lora-rank 8" in text
+    assert "in PEFT's format, on frozen_base" in text
+
+
+def test_vllm_is_not_offered_what_it_cannot_serve(make_run: MakeRun) -> None:
+    run = make_run()
+    write_json(run / "adapter" / "adapter_config.json", {"r": 8, "use_dora": True})
+    write_report(run)
+    text = (run / "report.md").read_text(encoding="utf-8")
+    assert "PeftModel.from_pretrained" in text
+    assert "--enable-lora" not in text

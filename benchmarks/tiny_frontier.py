@@ -191,9 +191,11 @@ def read_curves(studies: dict[str, Study], out: Path) -> list[dict[str, Any]]:
 
 
 def with_second_base(studies: dict[str, Study], out: Path) -> dict[str, Study]:
-    """``studies`` and the three best adapter methods again on the second base, two rates and two seeds each."""
+    """``studies`` and the three best adapter methods again on the second base, at their two lower rates."""
     best = best_methods(read_points(studies, out))
-    return studies | {f"{name}{SECOND}": replace(studies[name], rates=(1.0e-3, 2.0e-3), seeds=(0, 1)) for name in best}
+    return studies | {
+        f"{name}{SECOND}": replace(studies[name], rates=studies[name].rates[:2], seeds=(0,)) for name in best
+    }
 
 
 def main() -> None:

@@ -185,10 +185,10 @@ def draw(points: Sequence[Point], path: Path) -> None:
     colours = plt.get_cmap("tab10").colors
     for axes, (title, methods) in zip(grid.flat, panels.items(), strict=False):
         for number, method in enumerate(methods):
-            _draw_method(axes, points, method, colours[number % 10])
+            _draw_method(axes, points, method, colours[number % 10], "-" if number < 10 else "--")
         axes.set(title=title, xlim=(-0.02, 1.02), ylim=(-0.02, 1.06))
         axes.grid(alpha=0.25)
-        axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4, fontsize=8, frameon=False)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     figure.supxlabel("T: exact match on the new skill")
@@ -198,7 +198,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
     plt.close(figure)
 
 
-def _draw_method(axes: Any, points: Sequence[Point], method: str, colour: Any) -> None:
+def _draw_method(axes: Any, points: Sequence[Point], method: str, colour: Any, line: str) -> None:
     import numpy as np
 
     mine = [p for p in points if p["method"] == method]
@@ -213,5 +213,5 @@ def _draw_method(axes: Any, points: Sequence[Point], method: str, colour: Any) -
     stack = np.array(curves)
     reached = ~np.isnan(stack).any(axis=0)  # only where every seed got there: a mean over fewer would jump
     mean, spread = stack[:, reached].mean(axis=0), stack[:, reached].std(axis=0)
-    axes.plot(steps[reached], mean, color=colour, label=method, linewidth=2)
+    axes.plot(steps[reached], mean, color=colour, label=method, linewidth=2, linestyle=line)
     axes.fill_between(steps[reached], mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)

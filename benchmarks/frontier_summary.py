@@ -174,8 +174,8 @@ def draw(points: Sequence[Point], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(p["method"] for p in points))
-    quantised = [n for n in names if n.startswith("Q") or n == "LoftQ"]
     second = [n for n in names if n.endswith("(second base)")]
+    quantised = [n for n in names if (n.startswith("Q") or n == "LoftQ") and n not in second]
     anchored = [n for n in names if "anchor" in n and n not in second]
     plain = [n for n in names if n not in {*quantised, *second, *anchored}]
     panels = {"initialisation alone": plain, "with the anchor": [*anchored, "LoRA"], "NF4 base": quantised}

@@ -5,7 +5,7 @@ weight W − s·B₀A₀.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,6 +20,7 @@ class PiSSA(LoRA):
 
     summary = "PiSSA: adapter from the largest singular components of W"
     paper = "Meng et al., 2024 (arXiv 2404.02948)"
+    largest: ClassVar[bool] = True
 
     def initialise(
         self,
@@ -29,13 +30,15 @@ class PiSSA(LoRA):
         statistics: Statistics | None,
         finding: Mapping[str, Any],
     ) -> AdapterInit:
-        """B₀ and A₀ from the r largest components of ``weight`` (out, in)."""
-        decomposition = plain_svd(weight, rank)
-        B, A = balanced_factors(weight, decomposition, slice(0, rank))
+        """B₀ and A₀ from r of the min(out, in) components of ``weight`` (out, in), at the end that the method takes."""
+        components = min(weight.shape)
+        cut = rank if self.largest else components - rank
+        decomposition = plain_svd(weight, cut)
+        B, A = balanced_factors(weight, decomposition, slice(0, cut) if self.largest else slice(cut, components))
         report = {
             "solver": decomposition.solver,
             "gram_error_estimate": decomposition.gram_error,
             "singular_value_max": float(decomposition.sigma[0]),
-            "singular_value_at_cut": float(decomposition.sigma[rank - 1]),
+            "singular_value_at_cut": float(decomposition.sigma[cut - 1 if self.largest else cut]),
         }
         return moved_block(weight, B, A, self.scaling(), report)

@@ -8,7 +8,7 @@ reference code divides each sample by its largest entry, counts padding and assu
 Layers that read the same tensor share one matrix (`harness.models.sharing`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -18,7 +18,6 @@ from harness.errors import UserError
 from harness.statistics.statistic import Statistic
 
 
-@torch.no_grad()
 def collect_input_covariance(
     model: nn.Module, modules: dict[str, nn.Linear], groups: dict[str, str], batches: Iterable[Batch]
 ) -> dict[str, Statistic]:
@@ -36,10 +35,33 @@ def collect_input_covariance(
         UserError: an activation is NaN or inf (the message names layer and batch), a layer does not read one row per
             token, or there are no real tokens.
     """
+    sums, count = sum_over_tokens(
+        model, modules, groups, batches, lambda width: (width, width), lambda real_TD: real_TD.T @ real_TD
+    )
+    return {group: Statistic((matrix / count).cpu(), count) for group, matrix in sums.items()}
+
+
+@torch.no_grad()
+def sum_over_tokens(
+    model: nn.Module,
+    modules: dict[str, nn.Linear],
+    groups: dict[str, str],
+    batches: Iterable[Batch],
+    shape: Callable[[int], tuple[int, ...]],
+    summand: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], int]:
+    """Sum a function of every distinct input over the real tokens of all ranks' batches, and count the tokens.
+
+    Args:
+        shape: in_features → shape of the sum.
+        summand: real inputs of one batch (tokens, in), fp32 → their contribution, (in,) or (in, in).
+
+    Raises:
+        UserError: as `collect_input_covariance` does.
+    """
     device = next(model.parameters()).device
     accumulators = {
-        group: torch.zeros(modules[group].in_features, modules[group].in_features, device=device)
-        for group in sorted(set(groups.values()))
+        group: torch.zeros(shape(modules[group].in_features), device=device) for group in sorted(set(groups.values()))
     }
     mask = torch.empty(0)
     batch_index = 0
@@ -52,14 +74,14 @@ def collect_input_covariance(
                 "input covariance over tokens; list the layers to adapt without it"
             )
         real_TD = flat_ND[mask.flatten()].float()
-        product = real_TD.T @ real_TD
-        # A NaN or inf in any entry of column j reaches the diagonal entry j: d checks tell about T·d values.
-        if not torch.isfinite(product.diagonal()).all():
+        contribution = summand(real_TD)
+        # A NaN or inf in any entry of channel j reaches entry j (of the diagonal): d checks tell about T·d values.
+        if not torch.isfinite(contribution.diagonal() if contribution.ndim == 2 else contribution).all():
             raise UserError(
                 f"statistics: NaN or inf in the input of layer {group}, batch {batch_index}; "
                 "try model.dtype: float32, or look at the rows of that batch"
             )
-        accumulators[group] += product
+        accumulators[group] += contribution
 
     handles = [
         modules[group].register_forward_pre_hook(lambda _, inputs, group=group: accumulate(group, inputs[0]))
@@ -82,4 +104,4 @@ def collect_input_covariance(
     count = int(tokens)
     if count == 0:
         raise UserError("statistics: the sampled rows hold no real token; check the prompt column and max_length")
-    return {group: Statistic((matrix / count).cpu(), count) for group, matrix in accumulators.items()}
+    return accumulators, count

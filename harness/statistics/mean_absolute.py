@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from harness.data.collation import Batch
-from harness.errors import UserError
+from harness.statistics.covariance import sum_over_tokens
 
 
-@torch.no_grad()
 def collect_mean_absolute_input(
     model: nn.Module, modules: dict[str, nn.Linear], groups: dict[str, str], batches: Iterable[Batch]
 ) -> dict[str, torch.Tensor]:
@@ -28,37 +27,9 @@ def collect_mean_absolute_input(
         group → mean of |x|, (in,), fp32, on the CPU. Every rank gets the same result.
 
     Raises:
-        UserError: an activation is NaN or inf, or there are no real tokens.
+        UserError: as `collect_input_covariance` does.
     """
-    device = next(model.parameters()).device
-    sums = {group: torch.zeros(modules[group].in_features, device=device) for group in sorted(set(groups.values()))}
-    mask = torch.empty(0)
-
-    def add(group: str, inputs_BLD: torch.Tensor) -> None:
-        real_TD = inputs_BLD.reshape(-1, inputs_BLD.shape[-1])[mask.flatten()].float()
-        sums[group] += real_TD.abs().sum(0)
-
-    handles = [
-        modules[group].register_forward_pre_hook(lambda _, inputs, group=group: add(group, inputs[0])) for group in sums
-    ]
-    tokens = torch.zeros((), dtype=torch.int64, device=device)
-    try:
-        for batch in batches:
-            mask = batch["attention_mask"].to(device).bool()
-            tokens += mask.sum()
-            model(input_ids=batch["input_ids"].to(device), attention_mask=mask.long(), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(tokens)
-        for vector in sums.values():
-            torch.distributed.all_reduce(vector)
-    count = int(tokens)
-    if count == 0:
-        raise UserError("statistics: the sampled rows hold no real token; check the prompt column and max_length")
-    for group, vector in sums.items():
-        if not torch.isfinite(vector).all():
-            raise UserError(f"statistics: NaN or inf in the input of layer {group}; try model.dtype: float32")
+    sums, count = sum_over_tokens(
+        model, modules, groups, batches, lambda width: (width,), lambda real_TD: real_TD.abs().sum(0)
+    )
     return {group: (vector / count).cpu() for group, vector in sums.items()}

@@ -1,6 +1,6 @@
-"""The command line: `harness doctor | run | calibrate | init | train | export | eval | report | methods | demo`.
+"""The command line: `harness doctor | run | report | methods | demo`, and a command for each stage.
 
-And `harness analyse spectrum | covariance | truncation`.
+And `harness analyse spectrum | covariance | truncation | fisher-overlap`.
 """
 
 import sys
@@ -57,7 +57,7 @@ def main() -> None:
 
 @app.command(epilog="Example: harness run launch/recipes/llama2_7b_math_corda_kpm.yaml train.seed=1")
 def run(config: ConfigFile, overrides: Overrides = None, force: Force = None) -> None:
-    """Run every stage that is not finished: calibrate → init → train → export → eval → report."""
+    """Run every stage that is not finished: answers → calibrate → init → prepare → train → export → eval → report."""
     from harness.pipeline import STAGES
 
     _run(config, overrides, list(STAGES), force)
@@ -69,8 +69,10 @@ def _stage_command(name: str, what: str) -> None:
         _run(config, overrides, [name], name if force else None)
 
 
+_stage_command("answers", "Let the original model answer preserve prompts, where something learns from that.")
 _stage_command("calibrate", "Collect the statistics that the method asks for.")
 _stage_command("init", "Decide ranks and adapter tensors at step 0.")
+_stage_command("prepare", "Compute once what penalties need of the original model and of preserve data.")
 _stage_command("train", "Train, or go on from the newest checkpoint.")
 _stage_command("export", "Write adapter/ (plain LoRA on the original base) and merged/.")
 _stage_command("eval", "Evaluate what was learned and what was kept.")
@@ -160,13 +162,37 @@ def truncation(
     )  # fmt: skip
 
 
+@analyse.command(name="fisher-overlap", epilog="Example: harness analyse fisher-overlap config.yaml --groups 8")
+def fisher_overlap(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    groups: Annotated[int, typer.Option(min=1, help="Groups of singular components, from the largest down.")] = 8,
+    at: Annotated[
+        Literal["reconstruction", "model"],
+        typer.Option(help="Fisher of each group's partial reconstruction, or of the model, projected on the group."),
+    ] = "reconstruction",
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Compare these target layers alone, or a part of their names; repeatable."),
+    ] = None,
+    data: OneData = None,
+    samples: Samples = None,
+    out: Out = None,
+) -> None:
+    """Do the preserve set and the train set lean on the same weights, by groups of singular components?"""
+    from harness.analysis.fisher_overlap import fisher_overlap as study
+
+    _analyse(study, config, overrides, out, groups=groups, at=at, layers=layers, data=data, samples=samples)
+
+
 @app.command()
 def methods() -> None:
-    """List every method with one line, its paper, and what data it needs."""
+    """List every method with one line, its paper, and what data it needs; then what can be laid over any of them."""
     from rich.console import Console
     from rich.table import Table
 
     from harness.methods.registry import method_class, method_names, needs
+    from harness.training.penalties.registry import penalty_class, penalty_names
 
     table = Table("method", "what it does", "paper", "takes statistics from", title="Methods")
     for name in method_names():
@@ -175,6 +201,11 @@ def methods() -> None:
         base = ["(over an NF4 base only)"] if cls.needs_quantised_base else []
         table.add_row(name, cls.summary, cls.paper, "\n".join(answers + base))
     Console().print(table)
+    over = Table("penalty", "what it does", "paper", title="Over any of them, in `penalties` (the anchor in `anchor`)")
+    for name in penalty_names():
+        penalty = penalty_class(name)
+        over.add_row(name, penalty.summary, penalty.paper)
+    Console().print(over)
 
 
 @app.command()

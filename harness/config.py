@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from harness.errors import UserError
 from harness.resources import find
@@ -49,19 +49,70 @@ class SourceConfig(Strict):
     samples: PositiveInt = 256  # rows drawn when statistics are taken from this source
 
 
+class AnswersConfig(Strict):
+    """How the original model answers preserve prompts: up to `max_tokens` new tokens; `temperature: 0` is greedy."""
+
+    max_tokens: PositiveInt = 64
+    temperature: NonNegativeFloat = 1.0
+
+
+class ReplayConfig(Strict):
+    """Replay: a share `ratio` of the places in the batches goes to rows of `data.preserve`, or of `source`.
+
+    `answers: true` takes the rows of `data.preserve` with answers of the original model.
+    """
+
+    ratio: Annotated[float, Field(ge=0, lt=1)]
+    source: SourceConfig | None = None
+    answers: bool = False
+
+    @field_validator("answers")
+    @classmethod
+    def _answers_are_of_preserve(cls, answers: bool, info: ValidationInfo) -> bool:
+        if answers and info.data.get("source") is not None:
+            raise ValueError("false beside data.replay.source: the original model answers prompts of data.preserve")
+        return answers
+
+
 class DataConfig(Strict):
-    """What to learn (`train`) and what to keep (`preserve`)."""
+    """What to learn (`train`), what to keep (`preserve`), and what of it to `replay` among what is learned."""
 
     train: SourceConfig
     preserve: SourceConfig | None = None
     max_length: PositiveInt = 512
+    replay: ReplayConfig | None = None
+    answers: AnswersConfig | None = None
+
+    @field_validator("replay")
+    @classmethod
+    def _replay_has_rows(cls, replay: ReplayConfig | None, info: ValidationInfo) -> ReplayConfig | None:
+        if replay is not None and replay.source is None and info.data.get("preserve") is None:
+            raise ValueError("replay with data.preserve, or with a data.replay.source of its own")
+        return replay
+
+    @property
+    def replay_ratio(self) -> float:
+        """The share of replayed rows; 0 without replay."""
+        return 0.0 if self.replay is None else self.replay.ratio
 
 
 class AnchorConfig(Strict):
-    """The anchor: `kl` (β) times the KL divergence from the original model on a few preserve prompts a step."""
+    """The anchor: `kl` (β) times the KL divergence from the original model, by default on some preserve prompts a step.
+
+    `reference: cached` computes the original model's `top_k` most probable tokens once, before training. `schedule`
+    takes β from `kl` at the first step to `final_kl` at the last.
+    """
 
     kl: NonNegativeFloat = 1.0
     prompts_per_step: PositiveInt = 4
+    prompts: PositiveInt | None = None
+    data: Literal["preserve", "train"] = "preserve"
+    reference: Literal["live", "cached"] = "live"
+    top_k: PositiveInt = 64
+    tokens: Literal["all", "last", "answer"] = "all"
+    temperature: PositiveFloat = 1.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final_kl: NonNegativeFloat = 0.0
 
 
 class TrainConfig(Strict):
@@ -84,6 +135,12 @@ class TrainConfig(Strict):
     save_steps: PositiveInt = 500
     preserve_loss_steps: PositiveInt | None = None
     preserve_loss_samples: PositiveInt = 64
+    diagnostics_steps: PositiveInt | None = None
+    diagnostics: Annotated[list[Literal["norms", "amplification", "orthogonality"]], Field(min_length=1)] = [
+        "norms",
+        "amplification",
+        "orthogonality",
+    ]
 
 
 class EvalConfig(Strict):
@@ -153,6 +210,9 @@ def resolve(content: dict[str, Any], folder: Path | None = None) -> RunConfig:
     config = validate(RunConfig, content)
     method = _complete(config.method, "method")
     penalties = [_complete(penalty, f"penalties.{i}") for i, penalty in enumerate(config.penalties)]
+    for penalty in penalties:  # whatever lists data sets of its own
+        for source in penalty.get("sources", []):
+            source["path"] = _local(source["path"], folder)
     update: dict[str, Any] = {"method": method, "penalties": penalties}
     update["model"] = config.model.model_copy(update={"path": _local(config.model.path, folder)})
     sources = {
@@ -160,6 +220,10 @@ def resolve(content: dict[str, Any], folder: Path | None = None) -> RunConfig:
         for key, source in (("train", config.data.train), ("preserve", config.data.preserve))
         if source is not None
     }
+    replay = config.data.replay
+    if replay is not None and replay.source is not None:
+        source = replay.source.model_copy(update={"path": _local(replay.source.path, folder)})
+        sources["replay"] = replay.model_copy(update={"source": source})
     update["data"] = config.data.model_copy(update=sources)
     try:
         deepspeed = str(find(config.train.deepspeed, folder))

@@ -1,4 +1,4 @@
-"""What every rank runs under the DeepSpeed launcher: calibrate → init → train → export.
+"""What every rank runs under the DeepSpeed launcher: calibrate → init → prepare → train → export.
 
 `harness run` starts it with ``--module``; `launch/train.py` is the same for people who call ``deepspeed`` themselves.
 """
@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
         epilog="Example: deepspeed --num_accelerators 2 launch/train.py --config run.yaml train.seed=1",
     )
     parser.add_argument("--config", type=Path, required=True, help="the run's YAML file")
-    parser.add_argument("--stages", default="calibrate,init,train,export", help="comma-separated")
+    parser.add_argument("--stages", default="calibrate,init,prepare,train,export", help="comma-separated")
     parser.add_argument("--force", default=None, help="redo this stage and what depends on it")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     parser.add_argument("overrides", nargs="*", help="key.subkey=value")

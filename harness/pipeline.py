@@ -1,4 +1,6 @@
-"""The stages in order, each resumable: calibrate → init → train → export → eval → report.
+"""The stages in order, each resumable: answers → calibrate → init → prepare → train → export → eval → report.
+
+``answers`` and ``prepare`` have something to do only where penalties or replay ask for it, and are left out elsewhere.
 
 Every finished stage leaves a record in ``stages/`` with the part of the configuration that it came from. A stage with
 a matching record is skipped. A changed configuration never quietly mixes with old results: the stages that cost
@@ -23,20 +25,22 @@ from harness.files import read_json, write_json, write_text
 from harness.methods.registry import build_method, required_statistics
 from harness.run_directory import RunDirectory
 
-GANG_STAGES = ("calibrate", "init", "train", "export")
-STAGES = (*GANG_STAGES, "eval", "report")
+FIRST_STAGES = ("answers",)  # before the gang: an engine of its own, as for evaluation
+GANG_STAGES = ("calibrate", "init", "prepare", "train", "export")
+STAGES = (*FIRST_STAGES, *GANG_STAGES, "eval", "report")
 REDONE_QUIETLY = ("export", "eval", "report")
 
 # How a run is executed, not what it computes: changing these lets a run go on under other ranks or another ZeRO stage.
 _EXECUTION = ("train.deepspeed", "train.ranks", "train.micro_batch_size", "train.gradient_checkpointing")
 _READS = {
-    "calibrate": (
-        "model",
-        "data.max_length",
-        "method.name",
-        "train.seed",
-    ),  # and the source and kind of the method's statistics
+    "answers": ("model", "data.preserve", "data.answers", "data.max_length", "train.seed"),
+    # And the source and kind of the method's statistics.
+    "calibrate": ("model", "data.max_length", "method.name", "train.seed"),
     "init": ("model", "data.preserve", "data.train", "data.max_length", "method", "train.seed"),
+    "prepare": (
+        *("model", "data", "method", "anchor", "penalties", "train.seed"),
+        *("train.epochs", "train.max_steps", "train.batch_size"),  # which rows the run will see
+    ),
     "train": ("model", "data", "method", "anchor", "penalties", "train"),
     "export": ("model", "data", "method", "anchor", "penalties", "train", "eval.checkpoints"),
     "eval": ("model", "data", "method", "anchor", "penalties", "train", "eval"),
@@ -63,7 +67,8 @@ def run_stages(config: RunConfig, stages: list[str], force: str | None = None) -
         with locked(run):
             if force is not None:
                 discard_from(run, force)
-            pending = _from_main_rank([stage for stage in stages if not is_finished(config, run, stage)])
+            asked = [stage for stage in stages if has_work(config, stage)]
+            pending = _from_main_rank([stage for stage in asked if not is_finished(config, run, stage)])
             if pending:
                 _begin(config, run)
             for stage in pending:
@@ -72,6 +77,19 @@ def run_stages(config: RunConfig, stages: list[str], force: str | None = None) -
     else:
         for stage in _from_main_rank(None):
             _function(stage)(config, run)
+
+
+def has_work(config: RunConfig, stage: str) -> bool:
+    """Whether ``stage`` has anything to do under this configuration."""
+    if stage not in ("answers", "prepare"):
+        return True
+    if stage == "answers":
+        from harness.stages.answers import answers_wanted
+
+        return answers_wanted(config)
+    from harness.training.penalties.registry import entry_needs, penalty_entries
+
+    return any(entry_needs(entry).preparation for entry in penalty_entries(config))
 
 
 def is_finished(config: RunConfig, run: RunDirectory, stage: str) -> bool:
@@ -116,7 +134,7 @@ def stage_inputs(config: RunConfig, stage: str) -> dict[str, Any]:
             chosen |= {key: value for key, value in flat.items() if key.startswith(source)}
     if stage == "init" and build_method(config.method, config.train.seed).probe() is not None:
         chosen |= {key: flat[key] for key in _PROBES_READ}
-    for key in ("model.path", "data.train.path", "data.preserve.path", "eval.data_dir"):
+    for key in ("model.path", "data.train.path", "data.preserve.path", "data.replay.source.path", "eval.data_dir"):
         if isinstance(chosen.get(key), str) and Path(chosen[key]).exists():
             chosen[f"{key} (content)"] = _identity(Path(chosen[key]))
     return chosen
@@ -125,8 +143,10 @@ def stage_inputs(config: RunConfig, stage: str) -> dict[str, Any]:
 def discard_from(run: RunDirectory, stage: str) -> None:
     """Throw away what ``stage`` and every later stage left."""
     leavings: dict[str, list[Path]] = {
+        "answers": [run.answers],
         "calibrate": [run.statistics],
         "init": [run.init],
+        "prepare": [run.prepared],
         "train": [run.checkpoints, run.metrics, run.tensorboard],
         "export": [run.adapter, run.merged, run.frozen_base],
         "eval": [run.results.parent],
@@ -178,10 +198,14 @@ def _run_one(config: RunConfig, run: RunDirectory, stage: str) -> None:
 
 def _function(stage: str) -> Callable[[RunConfig, RunDirectory], None]:
     """The function of a stage; imported when it is needed, since stages are heavy."""
-    if stage == "calibrate":
+    if stage == "answers":
+        from harness.stages.answers import answers as function
+    elif stage == "calibrate":
         from harness.stages.calibrate import calibrate as function
     elif stage == "init":
         from harness.stages.initialise import initialise as function
+    elif stage == "prepare":
+        from harness.stages.prepare import prepare as function
     elif stage == "train":
         from harness.stages.train import train as function
     elif stage == "export":
@@ -195,10 +219,14 @@ def _function(stage: str) -> Callable[[RunConfig, RunDirectory], None]:
 
 def _outputs(config: RunConfig, run: RunDirectory, stage: str) -> list[Path]:
     """What must be there for a finished stage to stay finished."""
+    if stage == "answers":
+        return [run.answers / "answers.jsonl"]
     if stage == "calibrate":
         return [path for path in (run.statistics / "index.json",) if path.exists()]
     if stage == "init":
         return [run.init / "report.json"]
+    if stage == "prepare":
+        return [run.prepared / "index.json"]
     if stage == "train":
         return [run.finished_checkpoints()[-1][1] / "trained", run.metrics]
     if stage == "export":
@@ -209,8 +237,9 @@ def _outputs(config: RunConfig, run: RunDirectory, stage: str) -> list[Path]:
 
 
 def _require_earlier(config: RunConfig, run: RunDirectory, stage: str) -> None:
-    for earlier in GANG_STAGES[: STAGES.index(stage)]:
-        if not is_finished(config, run, earlier):
+    trained = (*FIRST_STAGES, *GANG_STAGES)
+    for earlier in trained[: STAGES.index(stage)]:
+        if has_work(config, earlier) and not is_finished(config, run, earlier):
             raise UserError(f"{stage}: the stage {earlier!r} of {run.path} is not finished; run it first")
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 
 from harness.config import RunConfig, SourceConfig, nearest
 from harness.errors import UserError
+from harness.methods.base import Method
 from harness.methods.registry import method_class
+from harness.models.targets import Layer
+from harness.training.penalties.registry import entry_needs, penalty_entries
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -28,7 +31,13 @@ def check(config: RunConfig) -> None:
 def check_inputs(config: RunConfig) -> None:
     """`check` for what only reads the base model and the data: no training, no evaluation."""
     _check_model(config)
-    for key, source in (("data.train", config.data.train), ("data.preserve", config.data.preserve)):
+    sources = {"data.train": config.data.train, "data.preserve": config.data.preserve}
+    if config.data.replay is not None:
+        sources["data.replay.source"] = config.data.replay.source
+    for i, penalty in enumerate(config.penalties):  # whatever lists data sets of its own
+        own = [SourceConfig.model_validate(source) for source in penalty.get("sources", [])]
+        sources |= {f"penalties.{i}.sources.{j}": source for j, source in enumerate(own)}
+    for key, source in sources.items():
         if source is not None:
             _check_source(key, source)
 
@@ -50,24 +59,43 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _check_targets(config: RunConfig, shapes: dict[str, list[int]]) -> None:
-    layers = {name: shape for name, shape in shapes.items() if len(shape) == 2 and not _is_embedding(name)}
+    name = config.method["name"]
+    cls = method_class(name)
+    layers = {n: s for n, s in shapes.items() if len(s) == 2 and not _is_embedding(n)}
+    convolutions = {n: s for n, s in shapes.items() if 3 <= len(s) <= 5}
     targets = config.model.target_modules
     if targets != "all-linear":
-        known = sorted({name.rsplit(".", 1)[-1] for name in layers})
+        allowed = layers | convolutions if cls.adapts_convolutions else layers
+        known = sorted({n.rsplit(".", 1)[-1] for n in allowed})
         for target in targets:
-            if not any(name == target or name.endswith(f".{target}") for name in layers):
+            if any(_is_named(n, target) for n in allowed):
+                continue
+            if any(_is_named(n, target) for n in convolutions):
                 raise UserError(
-                    f"model.target_modules: {target!r} matches no linear layer; allowed: all-linear or any of "
-                    f"{', '.join(known)}{nearest(target, known)}"
+                    f"model.target_modules: {target!r} is a convolution, for which method {name!r} has no form; use "
+                    "method flora or lora_conv, or name linear layers"
                 )
-        layers = {n: s for n, s in layers.items() if any(n == t or n.endswith(f".{t}") for t in targets)}
+            raise UserError(
+                f"model.target_modules: {target!r} matches no {'' if layers == allowed else 'convolution and no '}"
+                f"linear layer; allowed: all-linear or any of {', '.join(known)}{nearest(target, known)}"
+            )
+        chosen = {n: s for n, s in allowed.items() if any(_is_named(n, t) for t in targets)}
+    else:
+        chosen = layers
+    linear = {n: s for n, s in chosen.items() if len(s) == 2}
     rank = config.method.get("rank")
-    if isinstance(rank, int) and layers:
-        name, shape = min(layers.items(), key=lambda item: min(item[1]))
+    if isinstance(rank, int) and linear:
+        layer, shape = min(linear.items(), key=lambda item: min(item[1]))
         if rank > min(shape):
             raise UserError(
-                f"method.rank: {rank} given; layer {name} is {shape[0]}×{shape[1]}, so at most {min(shape)}"
+                f"method.rank: {rank} given; layer {layer} is {shape[0]}×{shape[1]}, so at most {min(shape)}"
             )
+    options = cls.Options.model_validate({key: value for key, value in config.method.items() if key != "name"})
+    cls(options).check_layers([Layer(n, s[0], s[1], tuple(s[2:])) for n, s in chosen.items()])
+
+
+def _is_named(module: str, target: str) -> bool:
+    return module == target or module.endswith(f".{target}")
 
 
 def _weight_shapes(folder: Path) -> dict[str, list[int]]:
@@ -147,8 +175,6 @@ def _columns(key: str, path: Path) -> list[str] | None:
 
 
 def _check_method(config: RunConfig) -> None:
-    from harness.training.penalties.registry import penalty_class
-
     name = config.method["name"]
     cls = method_class(name)
     options = cls.Options.model_validate({key: value for key, value in config.method.items() if key != "name"})
@@ -170,18 +196,47 @@ def _check_method(config: RunConfig) -> None:
             f"data.preserve: missing; method.{probe.option}: auto weighs what is learned against what is lost on it; "
             f"give data.preserve or set method.{probe.option}"
         )
-    entries = (["anchor"] if config.anchor is not None else []) + [entry["name"] for entry in config.penalties]
-    for entry in entries:
-        penalty = penalty_class(entry)
-        if penalty.needs_original_model and cls.trains_all:
-            raise UserError(
-                f"{entry}: over method {name!r} it would need a second copy of the weights, which is not supported; "
-                "remove it or use an adapter method (lora, corda)"
-            )
-        if penalty.needs_preserve and config.data.preserve is None:
-            raise UserError(f"data.preserve: missing; {entry} needs prompts to preserve")
+    _check_penalties(config, cls)
+    if config.train.diagnostics_steps is not None and cls.trains_base:
+        raise UserError(
+            f"train.diagnostics_steps: {config.train.diagnostics_steps} given; method {name!r} has no adapter to look "
+            "at; leave it out"
+        )
     if config.train.preserve_loss_steps is not None and config.data.preserve is None:
         raise UserError("data.preserve: missing; train.preserve_loss_steps measures the loss on it")
+
+
+def _check_penalties(config: RunConfig, method: type[Method]) -> None:
+    name, anchor = config.method["name"], config.anchor
+    if anchor is not None and anchor.data == "train" and anchor.prompts is not None:
+        raise UserError(
+            f"anchor.prompts: {anchor.prompts} given; with anchor.data: train there are no prompts to choose among; "
+            "leave it out, or set anchor.data: preserve"
+        )
+    if anchor is not None and anchor.schedule == "constant" and anchor.final_kl > 0:
+        raise UserError(
+            f"anchor.final_kl: {anchor.final_kl} given; with anchor.schedule: constant β stays at anchor.kl; set "
+            "anchor.schedule: linear or cosine"
+        )
+    for entry in penalty_entries(config):
+        penalty, needs = entry["name"], entry_needs(entry)
+        if needs.original_model and method.trains_all:
+            raise UserError(
+                f"{penalty}: over method {name!r} it would need a second copy of the weights, which is not supported; "
+                "remove it, set anchor.reference: cached, or use an adapter method (lora, corda)"
+            )
+        if needs.adapter and method.trains_base:
+            raise UserError(
+                f"{penalty}: it is about the weights of an adapter, and method {name!r} has none; remove it, or use an "
+                "adapter method (lora, corda)"
+            )
+        if needs.pair_alone and method.trains_more_than_pair:
+            raise UserError(
+                f"{penalty}: as configured it is for adapters that train A and B of linear layers alone, and "
+                f"method {name!r} trains more; allowed over it: curvature: diag"
+            )
+        if (needs.preserve or needs.answers) and config.data.preserve is None:
+            raise UserError(f"data.preserve: missing; {penalty} needs prompts to preserve")
 
 
 def _check_train(config: RunConfig) -> None:

@@ -34,6 +34,16 @@ class RunDirectory:
         return self.path / "init"
 
     @property
+    def answers(self) -> Path:
+        """Answers of the original model to preserve prompts, where a penalty or replay learns from them."""
+        return self.path / "answers"
+
+    @property
+    def prepared(self) -> Path:
+        """What penalties computed once before training, with checksums."""
+        return self.path / "prepared"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -1,6 +1,6 @@
 """Entry point for the DeepSpeed launcher: `deepspeed launch/train.py --config config.yaml [key=value ...]`.
 
-Runs calibrate → init → train → export on every rank that the launcher starts.
+Runs calibrate → init → prepare → train → export on every rank that the launcher starts.
 """
 
 from harness.gang import main

@@ -3,16 +3,15 @@
 import json
 import os
 import random
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.gangs import SCRIPT, end_gangs, run_in_gang, start_command
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # One thread: tests are many small computations, and threads that wait for each other on a busy machine cost minutes.
@@ -117,20 +116,18 @@ def write_config(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
     return write
 
 
-def gang_command(config: Path, ranks: int, *overrides: str) -> list[str]:
-    """The command that starts ``ranks`` real ranks under the DeepSpeed launcher."""
-    from harness.training.distributed import free_port
+@pytest.fixture(scope="session", autouse=True)
+def gangs_end() -> Iterator[None]:
+    """End the gangs that were kept for all tests."""
+    yield
+    end_gangs()
 
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--log_level", "error"]
-    where = ["--num_accelerators", str(ranks), "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    script = [str(REPOSITORY / "launch" / "train.py"), "--config", str(config)]
-    return [*launcher, *where, *script, f"train.ranks={ranks}", *overrides]
+
+def gang_command(config: Path, ranks: int, *overrides: str) -> list[str]:
+    """The command that starts ``ranks`` real ranks for this run alone."""
+    return start_command(ranks, SCRIPT, "--config", str(config), f"train.ranks={ranks}", *overrides)
 
 
 def run_gang(config: Path, ranks: int, *overrides: str) -> None:
-    """Run calibrate → init → train → export on ``ranks`` ranks; fails with the output if they fail."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        gang_command(config, ranks, *overrides), env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Run calibrate → init → prepare → train → export on ``ranks`` ranks; fails with the output if they fail."""
+    run_in_gang(ranks, "--config", str(config), f"train.ranks={ranks}", *overrides)

@@ -64,7 +64,72 @@ class Bad:
 
 
 FULL = [change("method", {"name": "full"})]
+LALORA = {"name": "lalora", "lambda": 1.0}
+FCLORA = {"name": "fclora", "rank": 4}
 BAD: dict[str, Bad] = {
+    "negative lambda": Bad(
+        [change("penalties", [LALORA | {"lambda": -1.0}])], ["penalties.0.lambda", "-1.0", "greater than or equal to 0"]
+    ),
+    "unknown curvature": Bad(
+        [change("penalties", [LALORA | {"curvature": "kfak"}])],
+        ["penalties.0.curvature", "'kfak'", "did you mean 'kfac'?"],
+    ),
+    "missing source of a penalty": Bad(
+        [change("penalties", [LALORA | {"sources": [{"path": "{tmp}/none.jsonl", "prompt": "q"}]}])],
+        ["penalties.0.sources.0.path", "none.jsonl", "no such file"],
+    ),
+    "missing column in a source of a penalty": Bad(
+        [
+            leave("more.jsonl", '{"text": "a"}\n'),
+            change("penalties", [LALORA | {"sources": [{"path": "more.jsonl", "prompt": "txt"}]}]),
+        ],
+        ["penalties.0.sources.0.prompt", "'txt'", "did you mean 'text'?"],
+    ),
+    "penalty on an adapter over full fine-tuning": Bad(
+        [change("method", {"name": "full"}), change("penalties", [LALORA])],
+        ["lalora", "'full' has none", "adapter method"],
+    ),
+    "masked gradients over full fine-tuning": Bad(
+        [change("method", {"name": "full"}), change("penalties", [{"name": "migu"}])],
+        ["migu", "'full' has none", "adapter method"],
+    ),
+    "Kronecker factors of an adapter with more than A and B": Bad(
+        [change("method", FCLORA), change("penalties", [LALORA | {"curvature": "kfac"}])],
+        ["lalora", "'fclora' trains more", "curvature: diag"],
+    ),
+    "threshold of 1": Bad(
+        [change("penalties", [{"name": "migu", "threshold": 1.0}])], ["penalties.0.threshold", "1.0", "less than 1"]
+    ),
+    "penalty without a preserve set": Bad(
+        [change("method", {"name": "lora"}), change("penalties", [LALORA]), remove("data.preserve")],
+        ["data.preserve", "missing", "lalora"],
+    ),
+    "negative gamma": Bad(
+        [change("method", FCLORA | {"gamma": -0.1})], ["method.gamma", "-0.1", "greater than or equal"]
+    ),
+    "negative bound": Bad([change("method", FCLORA | {"bound": -1.0})], ["method.bound", "-1.0", "greater than"]),
+    "fifth quartile": Bad([change("method", FCLORA | {"quartile": 5})], ["method.quartile", "5", "1, 2, 3 or 4"]),
+    "quartile and bound": Bad(
+        [change("method", FCLORA | {"quartile": 2, "bound": 1.0})], ["method.", "quartile", "bound"]
+    ),
+    "everything replayed": Bad([change("data.replay", {"ratio": 1.0})], ["data.replay.ratio", "1.0", "less than 1"]),
+    "replay without rows": Bad(
+        [change("method", {"name": "lora"}), change("data.replay", {"ratio": 0.1}), remove("data.preserve")],
+        ["data.replay", "'ratio': 0.1", "data.preserve", "a data.replay.source of its own"],
+    ),
+    "prompts of an anchor on training rows": Bad(
+        [change("anchor", {"data": "train", "prompts": 3})], ["anchor.prompts", "3", "anchor.data: train"]
+    ),
+    "final strength of a constant anchor": Bad(
+        [change("anchor", {"final_kl": 3.0})], ["anchor.final_kl", "3.0", "anchor.schedule: linear or cosine"]
+    ),
+    "live anchor over full fine-tuning": Bad(
+        [change("method", {"name": "full"}), change("anchor", {"kl": 1.0})], ["anchor", "second copy", "cached"]
+    ),
+    "diagnostics of full fine-tuning": Bad(
+        [change("method", {"name": "full"}), change("train.diagnostics_steps", 5)],
+        ["train.diagnostics_steps", "5", "no adapter"],
+    ),
     "unknown key": Bad([change("trian", {"seed": 1})], ["trian", "{'seed': 1}", "did you mean 'train'?"]),
     "unknown nested key": Bad(
         [change("train.learning-rate", 1.0)], ["train.learning-rate", "1.0", "did you mean 'learning_rate'?"]

@@ -29,6 +29,7 @@ from harness.methods.base import LowRank
 TRAINED, INITIAL = "default", "initial"
 _PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+SIGMA, BOUND = "lora_sigma.weight", "lora_bound"  # of the form U·diag(σ)·Vᵀ: `harness.adapters.singular`
 
 
 def lora_config(ranks: Mapping[str, int], scaling: float, base_model: str | None = None, **options: Any) -> LoraConfig:
@@ -176,9 +177,10 @@ def read_layers(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def parameter_count(folder: Path) -> int:
-    """How many numbers an adapter holds, from the header of its file."""
+    """How many numbers an adapter holds, bounds of σ aside, from the header of its file."""
     with safe_open(folder / WEIGHTS, framework="pt") as tensors:
-        return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+        names = [key for key in tensors.keys() if not key.endswith(BOUND)]  # noqa: SIM118
+        return sum(math.prod(tensors.get_slice(key).get_shape()) for key in names)
 
 
 def by_layer(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
@@ -190,14 +192,19 @@ def by_layer(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.T
     return layers
 
 
+def low_rank(tensors: Mapping[str, torch.Tensor], scaling: float) -> LowRank:
+    """The update of a layer's tensors of LoRA's form, s·B·A, or of the form s·U·diag(σ)·Vᵀ, with diag(σ) put to A."""
+    A = tensors["lora_A.weight"]
+    if SIGMA in tensors:
+        A = tensors[SIGMA].unsqueeze(1) * A
+    return LowRank(tensors["lora_B.weight"], A, scaling)
+
+
 def read_adapter(folder: Path) -> dict[str, LowRank]:
-    """The factors of an adapter that `write_adapter` wrote, by layer name, fp32 on the CPU."""
+    """The factors of an adapter that `write_adapter` wrote, or of ``init/``, by layer name, fp32 on the CPU."""
     config = read_json(folder / CONFIG)
     scaling = config["lora_alpha"] / config["r"]
-    return {
-        name: LowRank(tensors["lora_B.weight"], tensors["lora_A.weight"], scaling)
-        for name, tensors in read_layers(folder).items()
-    }
+    return {name: low_rank(tensors, scaling) for name, tensors in read_layers(folder).items()}
 
 
 def _plain(value: float) -> float | int:

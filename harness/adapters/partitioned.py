@@ -4,7 +4,7 @@ A parameter that is trained under DeepSpeed stands in two places: what the forwa
 which every optimiser step writes the former anew. Without DeepSpeed the parameter itself is all there is.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -75,3 +75,35 @@ def write_master(parameter: nn.Parameter, value: torch.Tensor, moment: str | Non
         safe_set_local_fp32_param(parameter, own)
     else:
         safe_set_local_optimizer_state(parameter, own, moment)
+
+
+@torch.no_grad()
+def clamp_trained(parameters: Sequence[nn.Parameter], low: float, high: Sequence[float]) -> None:
+    """Clamp trained parameters in place, each to [low, its entry of ``high``]: masters and what the forward pass reads.
+
+    No collective: bounds are single numbers, so every rank clamps whatever part it holds. ``high`` must be exact in the
+    parameters' dtype; then no rounding of a master carries what the forward pass reads over it.
+    """
+    copies: list[tuple[torch.Tensor, float]] = []
+    masters: list[tuple[torch.Tensor, float]] = []
+    fetched: list[tuple[nn.Parameter, torch.Tensor]] = []
+    for parameter, limit in zip(parameters, high, strict=True):
+        copies.append((parameter.data, limit))
+        if hasattr(parameter, "ds_tensor"):
+            copies.append((parameter.ds_tensor.data, limit))
+        if hasattr(parameter, "_z3_optimizer"):
+            from deepspeed.utils import safe_get_local_fp32_param
+
+            fetched.append((parameter, safe_get_local_fp32_param(parameter)))
+            masters.append((fetched[-1][1], limit))
+        elif getattr(parameter, "_hp_mapping", None) is not None:  # None: another rank has all of it
+            masters.append((parameter._hp_mapping.get_hp_fragment(), limit))
+    for held in (copies, masters):
+        tensors = [tensor for tensor, _ in held if tensor.numel()]
+        if tensors:
+            torch._foreach_clamp_max_(tensors, [limit for tensor, limit in held if tensor.numel()])
+            torch._foreach_clamp_min_(tensors, low)
+    for parameter, master in fetched:  # a copy where the optimiser is offloaded
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        safe_set_local_fp32_param(parameter, master)

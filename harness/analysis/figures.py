@@ -140,6 +140,48 @@ def truncation_figure(
         return _png(figure)
 
 
+def fisher_overlap_figure(labels: Sequence[str], at: str, curves: Mapping[str, Sequence[float | None]]) -> bytes:
+    """Fisher overlap over groups of singular components: all layers (thick) and each module type; None leaves a gap.
+
+    Args:
+        labels: names of the two data sets.
+        at: the reading, for the axis.
+        curves: module type → overlap of each group; the first is that of all layers together.
+    """
+    with _figure(5.6, 3.7) as figure:
+        axes = figure.add_subplot()
+        count = len(next(iter(curves.values())))
+        handles = []
+        for index, (name, values) in enumerate(curves.items()):
+            heights = [math.nan if value is None else value for value in values]
+            look: dict[str, Any] = {"color": _INK, "linewidth": 2.4, "zorder": 4} if not index else _series(index - 1)
+            handles += axes.plot(range(1, count + 1), heights, **look, markersize=4, label=name)
+        axes.set_xticks(range(1, count + 1) if count <= 16 else range(1, count + 1, math.ceil(count / 12)))
+        axes.set_xlim(0.7, count + 0.3)
+        axes.set_xlabel("group of singular components (1: the largest singular values)")
+        axes.set_ylabel("Fisher overlap" + (" of partial reconstructions" if at == "reconstruction" else ""))
+        axes.set_title(" and ".join(labels))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True)
+        columns = min(4, len(handles))
+        figure.legend(handles, list(curves), loc="outside lower center", ncols=columns, handlelength=2.8)
+        return _png(figure)
+
+
+def _series(index: int) -> dict[str, Any]:
+    """The look of module type ``index``: colours, then dashes; markers differ as well."""
+    colours = [light for name, (light, _) in COLOURS.items() if name.startswith("series-")]
+    dashes: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
+    return {
+        "color": colours[index % len(colours)],
+        "linestyle": dashes[index // len(colours) % len(dashes)],
+        "linewidth": 1.2,
+        "marker": ("o", "s", "^", "D", "v", "P", "X")[index % 7],
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.5,
+    }
+
+
 def _draw_spectrum(axes: "Axes", name: str, methods: Mapping[str, Sequence[float]]) -> None:
     count = len(next(iter(methods.values())))
     head = min(HEAD, max(1, count // 2))

@@ -40,7 +40,7 @@ from harness.preflight import check_inputs
 from harness.stages.calibrate import BATCH_ROWS
 from harness.statistics.covariance import collect_input_covariance
 from harness.statistics.mean_absolute import collect_mean_absolute_input
-from harness.training.trainer import token_mean_loss
+from harness.training.preserve import token_means
 
 MOST_DISCARDS = 8
 
@@ -272,7 +272,7 @@ class _Study:
 
     def _point(self) -> dict[str, float | None]:
         """Loss and perplexity on the held-out rows; None where they are not finite."""
-        loss = token_mean_loss(self._base.model, self._test, self._base.pad_id, BATCH_ROWS)
+        loss = token_means(self._base.model, self._test, self._base.pad_id, BATCH_ROWS).loss
         finite = math.isfinite(loss)
         return {"loss": loss if finite else None, "perplexity": math.exp(loss) if finite and loss < 700 else None}
 

@@ -43,16 +43,27 @@ def servable(candidate: Candidate, backend: str) -> Candidate:
         return candidate
     if not (candidate.adapter / "adapter_config.json").is_file():
         raise UserError(f"eval: {candidate.adapter} holds no adapter_config.json; give the folder of a PEFT adapter")
-    reason = _why_vllm_cannot(candidate.adapter) if backend == "vllm" else None
+    reason = _why_not(candidate.adapter, backend)
     if reason is None:
         return candidate
     if candidate.merged is not None:
         say(f"eval: {candidate.name} is evaluated merged: {reason}")
         return replace(candidate, model=candidate.merged, adapter=None)
     raise UserError(
-        f"eval.backend: vllm cannot serve {candidate.adapter}: {reason}; evaluate the merged model, or set "
-        "eval.backend to hf"
+        f"eval.backend: {backend} cannot serve {candidate.adapter}: {reason}; evaluate the merged model"
+        + (", or set eval.backend to hf" if backend == "vllm" and not _of_no_library(candidate.adapter) else "")
     )
+
+
+def _of_no_library(adapter: Path) -> bool:
+    return read_json(adapter / "adapter_config.json").get("peft_type") in ("FLORA", "LORA_CONV")
+
+
+def _why_not(adapter: Path, backend: str) -> str | None:
+    """Why the engine cannot serve an adapter; None if it can."""
+    if _of_no_library(adapter):
+        return "it adapts convolutions, in a form of its own"
+    return _why_vllm_cannot(adapter) if backend == "vllm" else None
 
 
 def _why_vllm_cannot(adapter: Path) -> str | None:

@@ -65,7 +65,7 @@ def evaluate(
         for model in dict.fromkeys(str(candidate.model) for candidate in candidates):
             group = {i: candidate for i, candidate in enumerate(candidates) if str(candidate.model) == model}
             ranks = [adapter_rank(c.adapter) for c in group.values() if c.adapter is not None]
-            with _engine(
+            with open_engine(
                 model, backend, dtype, batch_size, max(ranks, default=0), seed, gpu_memory_utilization
             ) as engine:
                 for i, candidate in group.items():
@@ -74,7 +74,7 @@ def evaluate(
 
 
 @contextmanager
-def _engine(
+def open_engine(
     model: str,
     backend: str,
     dtype: str,
@@ -83,6 +83,7 @@ def _engine(
     seed: int,
     gpu_memory_utilization: float | None,
 ) -> Iterator["TextModel"]:
+    """The engine ``backend`` over a base model, closed at the end of the block; arguments as those of `evaluate`."""
     engine: TextModel
     if backend == "vllm":
         from harness.evaluation.vllm_engine import VLLMEngine

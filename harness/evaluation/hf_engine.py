@@ -88,6 +88,8 @@ class HFEngine(TextModel):
 
     def _generate(self, batch: list[Prompt]) -> list[list[int]]:
         first = batch[0]
+        if first.seed is not None:  # a batch draws from one generator, so its first row's seed is that of all
+            torch.manual_seed(first.seed)
         inputs = self._padded([prompt.tokens for prompt in batch])
         stopping = _StopStrings(self.tokenizer, first.stop, inputs["input_ids"].shape[1])
         # A configuration of its own: generation_config.json may hold penalties and sampling that no task asked for.

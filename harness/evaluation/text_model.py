@@ -37,12 +37,14 @@ class Prompt:
 
     Attributes:
         sampling: options besides greedy decoding (temperature, top_p, …); empty means greedy.
+        seed: of this prompt's sampling; None for the engine's.
     """
 
     tokens: list[int]
     stop: tuple[str, ...]
     max_tokens: int
     sampling: tuple[tuple[str, Any], ...] = ()
+    seed: int | None = None
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class VLLMEngine(TextModel):
                 stop_token_ids=self.end_tokens,
                 # Stop strings may be special tokens, so they are looked for in the text that shows them.
                 skip_special_tokens=False,
-                seed=self._seed if prompt.sampling else None,
+                seed=(self._seed if prompt.seed is None else prompt.seed) if prompt.sampling else None,
                 **(dict(prompt.sampling) or {"temperature": 0.0}),
             )
             for prompt in prompts

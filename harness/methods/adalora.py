@@ -59,6 +59,7 @@ class AdaLoRA(Method):
     Options = AdaLoRAOptions
     summary = "AdaLoRA: SVD-shaped update whose ranks move to where the loss is sensitive"
     paper = "Zhang et al., 2023 (arXiv 2303.10512)"
+    trains_more_than_pair = True
     pair: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
 
     _steps: int | None = None
@@ -205,6 +206,10 @@ class AdaLoRA(Method):
         kept = tensors["lora_E"].flatten() != 0
         A = (tensors["lora_E"] * tensors["lora_A"])[kept]
         return self.delta(LowRank(tensors["lora_B"][:, kept], A, self.scaling()), subtracted)
+
+    def singular_vectors(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """P and Qᵀ, masked triplets among them: the penalty is on all."""
+        return tensors["lora_B"], tensors["lora_A"].T
 
     def _phases(self, steps: int) -> tuple[int, int]:
         """``tinit`` and ``tfinal``, for a run of ``steps`` where they are not given."""

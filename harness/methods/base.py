@@ -137,6 +137,9 @@ class Method:
     trains_all: ClassVar[bool] = False  # True: every one of them, so that the original model would be a second copy
     pair: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")  # A and B, by PEFT's names below a layer
     needs_quantised_base: ClassVar[bool] = False  # True: it is made for a base with `model.quantization: nf4`
+    trains_more_than_pair: ClassVar[bool] = False  # True: its adapter trains more than the A and B of linear layers
+    adapts_convolutions: ClassVar[bool] = False  # True: `model.target_modules` may name convolutions
+    starts_at_base: ClassVar[bool] = True  # False: step 0 computes something else than the base (KaSA truncates it)
 
     def __init__(self, options: Any, seed: int = 0, model: ModelConfig | None = None) -> None:
         """``model``: how the base is stored (dtype, quantisation); given where tensors are initialised."""
@@ -169,6 +172,9 @@ class Method:
         Keys that begin with an underscore stay out of ``init/report.json``.
         """
         return {}
+
+    def check_layers(self, layers: Sequence[Layer]) -> None:
+        """Raise `UserError` where the options do not suit the target layers; asked before the model is loaded."""
 
     def ranks(self, layers: Sequence[Layer], findings: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
         """The rank of each layer, from what `examine` found; a layer left out or of rank 0 gets no adapter."""
@@ -245,6 +251,10 @@ class Method:
         """
         A, B = (tensors[name] for name in self.pair)
         return self.delta(LowRank(B, A, self.scaling()), subtracted)
+
+    def singular_vectors(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """U (out, r) and V (in, r) of a form ΔW = s·U·Σ·Vᵀ, as trained: columns meant to be orthonormal. Else None."""
+        return None
 
     def write_adapter(
         self,

@@ -43,6 +43,7 @@ class DoRA(LoRA):
 
     summary = "DoRA: low-rank update of the direction, trained magnitudes"
     paper = "Liu et al., 2024 (arXiv 2402.09353)"
+    trains_more_than_pair = True
 
     def adapter_config(self, ranks: Mapping[str, int], base_model: str | None = None) -> "PeftConfig":
         """PEFT's LoRA configuration with ``use_dora``."""

@@ -1,4 +1,4 @@
-"""Which linear layers are adapted, and where they stand."""
+"""Which layers are adapted, and where they stand."""
 
 import difflib
 import re
@@ -9,24 +9,40 @@ from torch import nn
 
 from harness.errors import UserError
 
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_OWN_FORWARD = {convolution.forward for convolution in CONVOLUTIONS}
+
 
 @dataclass(frozen=True)
 class Layer:
-    """A target layer: its dotted module name and the shape of its weight, ``(out_features, in_features)``."""
+    """A target layer: its dotted module name and the shape of its weight, ``(out_features, in_features, *kernel)``.
+
+    For a convolution ``in_features`` are the channels that one group reads.
+    """
 
     name: str
     out_features: int
     in_features: int
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return (self.out_features, self.in_features, *self.kernel)
 
 
-def target_modules(model: nn.Module, targets: Literal["all-linear"] | list[str]) -> dict[str, nn.Linear]:
+def target_modules(
+    model: nn.Module, targets: Literal["all-linear"] | list[str], convolutions: bool = False
+) -> dict[str, nn.Module]:
     """The target layers of ``model`` by dotted name, in the order in which the model defines them.
 
     ``all-linear`` is every `nn.Linear` but the output embedding, as in PEFT. A list holds full names or their
-    last parts (``q_proj``).
+    last parts (``q_proj``); it may name convolutions where the method has a form for them (``convolutions``).
 
     Raises:
-        UserError: an entry of the list matches no linear layer; the message names the nearest.
+        UserError: an entry of the list matches no layer, or a convolution where only linear layers are adapted; the
+            message names the nearest.
     """
     get_output = getattr(model, "get_output_embeddings", lambda: None)
     output = get_output()
@@ -35,24 +51,46 @@ def target_modules(model: nn.Module, targets: Literal["all-linear"] | list[str])
         if not linear:
             raise UserError("model.target_modules: the model has no torch.nn.Linear layers; all-linear finds none")
         return linear
+    convolved = {n: m for n, m in model.named_modules() if is_convolution(m)}
+    allowed = linear | convolved if convolutions else linear
     chosen: set[str] = set()
     for target in targets:
-        matches = {name for name in linear if name == target or name.endswith(f".{target}")}
+        matches = {name for name in allowed if _named(name, target)}
         if not matches:
-            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            if any(_named(name, target) for name in convolved):
+                raise UserError(
+                    f"model.target_modules: {target!r} is a convolution, for which this method has no form; use method "
+                    "flora or lora_conv, or name linear layers"
+                )
+            known = sorted({name.rsplit(".", 1)[-1] for name in allowed})
             near = difflib.get_close_matches(target, known, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
+            kinds = "linear layer and no convolution" if convolutions else "linear layer"
             raise UserError(
-                f"model.target_modules: {target!r} matches no linear layer; allowed: all-linear or any of "
+                f"model.target_modules: {target!r} matches no {kinds}; allowed: all-linear or any of "
                 f"{', '.join(known)}{hint}"
             )
         chosen |= matches
-    return {name: module for name, module in linear.items() if name in chosen}
+    return {name: module for name, module in model.named_modules() if name in chosen}
 
 
-def describe(modules: dict[str, nn.Linear]) -> list[Layer]:
+def is_convolution(module: nn.Module) -> bool:
+    """Whether it is a convolution that computes as torch's do: one that pads or scales by itself is not."""
+    return isinstance(module, CONVOLUTIONS) and type(module).forward in _OWN_FORWARD
+
+
+def layer_of(name: str, module: nn.Module) -> Layer:
+    """Name and shape of a linear layer or a convolution, read where ZeRO-3 leaves them."""
+    if isinstance(module, CONVOLUTIONS):
+        return Layer(
+            name, module.out_channels, module.in_channels // module.groups, tuple(module.kernel_size), module.groups
+        )
+    return Layer(name, module.out_features, module.in_features)
+
+
+def describe(modules: dict[str, nn.Module]) -> list[Layer]:
     """Names and shapes of target modules."""
-    return [Layer(name, module.out_features, module.in_features) for name, module in modules.items()]
+    return [layer_of(name, module) for name, module in modules.items()]
 
 
 def place(name: str) -> tuple[int | None, str]:
@@ -67,3 +105,7 @@ def place(name: str) -> tuple[int | None, str]:
 def depth_of(name: str) -> int | None:
     """The index of the decoder block that a layer lies in, from its dotted name; None where there is none."""
     return place(name)[0]
+
+
+def _named(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.reporting.records import Layer, RunRecord, harmonic_mean
+from harness.reporting.records import ALL, DIAGNOSTICS, Layer, RunRecord, harmonic_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,6 +45,19 @@ _SERIES = [name for name in COLOURS if name.startswith("series-")]
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _WIDTH = 4.0  # inches
+_DECADES = 30  # largest over smallest value from which an axis is logarithmic
+_PRESERVE = {
+    "preserve_loss": "loss on the preserve set (lower is better)",
+    "preserve_accuracy": "accuracy on the preserve set (higher is better)",
+}
+_NORMS = ("spectral_norm", "frobenius_norm")  # zero before training, and drawn from there
+DIAGNOSTIC_NAMES = {
+    "spectral_norm": "spectral norm of ΔW",
+    "frobenius_norm": "Frobenius norm of ΔW",
+    "amplification_w_to_dw": "amplification factor W→ΔW",
+    "amplification_dw_to_w": "amplification factor ΔW→W",
+    "orthogonality_error": "orthogonality error of the factors",
+}
 _MANY_POINTS = 200
 _BINS = 80
 _STYLE = {
@@ -126,18 +139,18 @@ def loss_figure(runs: Sequence[RunRecord], labels: Sequence[str] = (), kind: Kin
 
 
 def forgetting_figure(runs: Sequence[RunRecord], labels: Sequence[str] = (), kind: Kind = "svg") -> bytes | None:
-    """Loss on the preserve set over steps; below it K of the evaluated models (for one run, T as well)."""
-    losses = [run for run in runs if _has_points(run, "preserve_loss")]
+    """Loss and token accuracy on the preserve set over steps; below K of the evaluated models (for one run, T too)."""
+    curves = [key for key in _PRESERVE if any(_has_points(run, key) for run in runs)]
     paths = [(index, path) for index, run in enumerate(runs) if (path := kt_path(run)) and len(path.points) > 1]
-    count = bool(losses) + bool(paths)
+    count = len(curves) + bool(paths)
     if not count:
         return None
     with _figure(0.75 + 1.55 * count, labels) as figure:
         panels = _panels(figure, [1.0] * count)
-        if losses:
+        for axes, key in zip(panels, curves, strict=False):
             for index, run in enumerate(runs):
-                _draw_curve(panels[0], *run.curve("preserve_loss"), index, marked=True)
-            panels[0].set_title("loss on the preserve set (lower is better)")
+                _draw_curve(axes, *run.curve(key), index, marked=True)
+            axes.set_title(_PRESERVE[key])
         if paths:
             axes = panels[-1]
             alone = len(runs) == 1
@@ -154,6 +167,45 @@ def forgetting_figure(runs: Sequence[RunRecord], labels: Sequence[str] = (), kin
         panels[-1].set_xlabel("optimiser step (0: the base model)")
         _legend(figure, labels)
         return _render(figure, "forgetting", kind)
+
+
+def diagnostics_figure(record: RunRecord, kind: Kind = "svg") -> bytes | None:
+    """The update of the adapted layers over steps: a panel per quantity, a line per module type; None without any."""
+    curves = {
+        quantity: [name for name in record.module_types(quantity) if _has_points(record, f"{quantity}/{name}")]
+        for quantity in DIAGNOSTICS
+    }
+    types = sorted({name for names in curves.values() for name in names})
+    if not types:
+        return None
+    drawn = [quantity for quantity, names in curves.items() if names]
+    with _figure(0.75 + 1.55 * len(drawn), types) as figure:
+        panels = _panels(figure, [1.0] * len(drawn))
+        for axes, quantity in zip(panels, drawn, strict=True):
+            for name in curves[quantity]:
+                _draw_curve(axes, *record.curve(f"{quantity}/{name}"), types.index(name), marked=True)
+            _title_diagnostic(axes, quantity)
+        panels[-1].set_xlabel("optimiser step (0: before training)")
+        _legend(figure, types)
+        return _render(figure, "diagnostics", kind)
+
+
+def diagnostics_comparison_figure(
+    runs: Sequence[RunRecord], labels: Sequence[str] = (), kind: Kind = "svg"
+) -> bytes | None:
+    """The same, as means over all adapted layers: a panel per quantity, a line per run; None where no run has any."""
+    drawn = [quantity for quantity in DIAGNOSTICS if any(_has_points(run, f"{quantity}/{ALL}") for run in runs)]
+    if not drawn:
+        return None
+    with _figure(0.75 + 1.55 * len(drawn), labels) as figure:
+        panels = _panels(figure, [1.0] * len(drawn))
+        for axes, quantity in zip(panels, drawn, strict=True):
+            for index, run in enumerate(runs):
+                _draw_curve(axes, *run.curve(f"{quantity}/{ALL}"), index, marked=True)
+            _title_diagnostic(axes, quantity)
+        panels[-1].set_xlabel("optimiser step (0: before training)")
+        _legend(figure, labels)
+        return _render(figure, "diagnostics", kind)
 
 
 def kt_figure(paths: Sequence[KTPath], t_axis: str = "task learned", kind: Kind = "svg") -> bytes | None:
@@ -308,6 +360,16 @@ def _line(index: int, marked: bool = False) -> dict[str, Any]:
 
 def _has_points(run: RunRecord, key: str) -> bool:
     return any(math.isfinite(value) for value in run.curve(key)[1])
+
+
+def _title_diagnostic(axes: "Axes", quantity: str) -> None:
+    """Title, and a logarithmic axis for what spans decades."""
+    axes.set_title(DIAGNOSTIC_NAMES[quantity])
+    heights = [height for line in axes.lines for height in line.get_ydata() if height > 0]
+    if heights and max(heights) > _DECADES * min(heights) and quantity not in _NORMS:
+        axes.set_yscale("log")
+    elif heights:
+        axes.set_ylim(bottom=0)
 
 
 def _draw_curve(axes: "Axes", steps: Sequence[int], values: Sequence[float], index: int, marked: bool = False) -> None:

@@ -24,8 +24,19 @@ RESULTS_SCHEMA = 1
 _CONFIG, _ENVIRONMENT, _METRICS = "config.yaml", "environment.json", "metrics.jsonl"
 _INITIALISATION, _RESULTS = "init/report.json", "eval/results.json"
 _NOT_PENALTIES = frozenset(
-    {"step", "epoch", "seconds", "loss", "learning_rate", "grad_norm", "preserve_loss", "total_loss"}
+    {"step", "epoch", "seconds", "loss", "learning_rate", "grad_norm", "total_loss"}
+    | {"preserve_loss", "preserve_perplexity", "preserve_accuracy"}
 )
+# Quantities of `train.diagnostics_steps`, logged as <quantity>/<module type>, with `ALL` for all layers together.
+DIAGNOSTICS = (
+    "spectral_norm",
+    "frobenius_norm",
+    "amplification_w_to_dw",
+    "amplification_dw_to_w",
+    "orthogonality_error",
+)
+ALL = "all"
+_LOGGED_DIAGNOSTICS = frozenset({*DIAGNOSTICS, "spectral_norm_max"})
 
 
 @dataclass(frozen=True)
@@ -123,7 +134,7 @@ class Initialisation:
 
     @property
     def adapter_parameters(self) -> int:
-        """Σ r·(out + in) over linear layers: the parameters of B (out × r) and A (r × in)."""
+        """Σ r·(out + in) over linear layers: B (out × r) and A (r × in), without what a form has besides them."""
         matrices = (layer for layer in self.layers if layer.rank is not None and len(layer.shape) == 2)
         return sum((layer.rank or 0) * sum(layer.shape) for layer in matrices)
 
@@ -162,7 +173,19 @@ class RunRecord:
     @property
     def penalties(self) -> tuple[str, ...]:
         """Keys of the penalties that were logged, in alphabetical order."""
-        return tuple(sorted({key for line in self.metrics for key in line} - _NOT_PENALTIES))
+        keys = {key for line in self.metrics for key in line} - _NOT_PENALTIES
+        return tuple(sorted(key for key in keys if key.partition("/")[0] not in _LOGGED_DIAGNOSTICS))
+
+    def module_types(self, quantity: str) -> tuple[str, ...]:
+        """The module types that a quantity of `DIAGNOSTICS` was logged for, in alphabetical order, without `ALL`."""
+        keys = {key for line in self.metrics for key in line}
+        found = (key.removeprefix(f"{quantity}/") for key in keys if key.startswith(f"{quantity}/"))
+        return tuple(sorted(name for name in found if name != ALL))
+
+    def last(self, key: str) -> float | None:
+        """The last logged value of a quantity; None where it was never logged."""
+        values = self.curve(key)[1]
+        return values[-1] if values else None
 
     @property
     def steps(self) -> int | None:

@@ -20,7 +20,7 @@ import yaml
 from harness.errors import UserError
 from harness.files import read_json, write_text
 from harness.reporting import figures, wording
-from harness.reporting.records import Evaluation, Initialisation, RunRecord, read_run
+from harness.reporting.records import ALL, DIAGNOSTICS, Evaluation, Initialisation, RunRecord, read_run
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -36,6 +36,12 @@ _PLANE_AXES = (
     "Right: more of the task learned. Up: more of the base's knowledge kept. The best place is the upper right.",
     "Grey lines join points of equal KT. The learning rate and the stopping time decide how far along its "
     "path a run goes.",
+)
+
+
+_DIAGNOSTICS_CAPTION = (
+    "W→ΔW: how much of what W has in the directions of ΔW was amplified. ΔW→W: large where ΔW lies outside the leading "
+    "directions of W. Neither is defined while ΔW is zero.",
 )
 
 
@@ -143,6 +149,7 @@ def _run_view(record: RunRecord) -> dict[str, Any]:
         "engine": evaluation.engine if evaluation else None,
         "trained": bool(record.metrics or (evaluation and evaluation.final)),
         "figures": _run_figures(record),
+        "diagnostics": _diagnostics_table(record),
         "initialisation": _initialisation_facts(initialisation) if initialisation else None,
         "layers": _layer_table(initialisation) if initialisation and initialisation.layers else None,
         "places": _places(record.path),
@@ -235,6 +242,14 @@ def _run_figures(record: RunRecord) -> list[Figure]:
             ),
         ),
         (
+            "Diagnostics",
+            figures.diagnostics_figure(record),
+            (
+                "The exact update ΔW of the original weights, means over the layers of each module type.",
+                *_DIAGNOSTICS_CAPTION,
+            ),
+        ),
+        (
             _RANKS,
             figures.rank_figure(record.initialisation.layers) if record.initialisation else None,
             (
@@ -244,6 +259,32 @@ def _run_figures(record: RunRecord) -> list[Figure]:
         ),
     ]
     return _figures(drawn)
+
+
+def _diagnostics_table(record: RunRecord) -> Table | None:
+    """The last values by module type; None where diagnostics were not logged."""
+    measured = [quantity for quantity in DIAGNOSTICS if record.last(f"{quantity}/{ALL}") is not None]
+    if not measured:
+        return None
+    types = sorted({name for quantity in measured for name in record.module_types(quantity)})
+    rows = tuple(
+        (name, *(wording.significant(record.last(f"{quantity}/{name}")) for quantity in measured))
+        for name in (*types, ALL)
+    )
+    return Table(("layers", *(figures.DIAGNOSTIC_NAMES[quantity] for quantity in measured)), rows)
+
+
+def _diagnostics_comparison(records: Sequence[RunRecord], labels: Sequence[str]) -> Table | None:
+    """The last values of each run, over all layers; None where no run has any."""
+    keys = {f"{quantity}/{ALL}": figures.DIAGNOSTIC_NAMES[quantity] for quantity in DIAGNOSTICS}
+    measured = [key for key in keys if any(record.last(key) is not None for record in records)]
+    if not measured:
+        return None
+    rows = tuple(
+        (label, *(wording.significant(record.last(key)) for key in measured))
+        for record, label in zip(records, labels, strict=True)
+    )
+    return Table(("run", *(keys[key] for key in measured)), rows)
 
 
 def _figures(drawn: Sequence[tuple[str, bytes | None, tuple[str, ...]]]) -> list[Figure]:
@@ -372,6 +413,7 @@ def _comparison_view(records: Sequence[RunRecord], folder: Path, title: str) -> 
         "scores": _comparison_table(records, labels),
         "t_meaning": _common_t_meaning(records),
         "figures": _comparison_figures(records, labels),
+        "diagnostics": _diagnostics_comparison(records, labels),
         "differences": _differences(records, labels),
         "reports": _reports(records, labels, folder),
         "notes": _comparison_notes(records, labels),
@@ -486,6 +528,14 @@ def _comparison_figures(records: Sequence[RunRecord], labels: Sequence[str]) -> 
             "Training loss",
             figures.loss_figure(records, labels),
             ("How fast each run fitted its training data; this says nothing about what it kept.",),
+        ),
+        (
+            "Diagnostics",
+            figures.diagnostics_comparison_figure(records, labels),
+            (
+                "The exact update ΔW of the original weights, means over all adapted layers.",
+                *_DIAGNOSTICS_CAPTION,
+            ),
         ),
     ]
     return _figures(drawn)

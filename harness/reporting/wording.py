@@ -108,11 +108,20 @@ def summary(record: RunRecord) -> list[str]:
     losses = [value for value in record.curve("preserve_loss")[1] if math.isfinite(value)]
     if len(losses) > 1:
         sentences.append(
-            f"The loss on the preserve set went from {significant(losses[0])} to {significant(losses[-1])}."
+            f"The loss on the preserve set went from {significant(losses[0])} to {significant(losses[-1])}"
+            f"{_accuracy(record)}."
         )
     if evaluation is None:
         sentences.append("It has not been evaluated yet, so what it learned and kept is not known.")
     return sentences
+
+
+def _accuracy(record: RunRecord) -> str:
+    """The change of the token accuracy on the preserve set, to follow that of its loss; empty where there is none."""
+    shares = [value for value in record.curve("preserve_accuracy")[1] if math.isfinite(value)]
+    if len(shares) < 2:
+        return ""
+    return f", its token accuracy from {100 * shares[0]:.1f} % to {100 * shares[-1]:.1f} %"
 
 
 def _learned(evaluation: Evaluation) -> list[str]:

@@ -14,7 +14,7 @@ from harness.data.sources import Example, read_examples
 from harness.data.tokenisation import Row, tokenise
 from harness.errors import UserError
 from harness.methods.base import StatisticsRequest
-from harness.methods.registry import required_statistics
+from harness.methods.registry import method_class, required_statistics
 from harness.models.loading import load_model, load_tokenizer
 from harness.models.sharing import input_groups
 from harness.models.targets import target_modules
@@ -51,7 +51,11 @@ def calibrate(config: RunConfig, run: RunDirectory) -> None:
         )
     device = training_device()
     model = load_model(config.model, device)
-    modules = target_modules(model, config.model.target_modules)
+    convolutions = method_class(config.method["name"]).adapts_convolutions
+    targets = target_modules(model, config.model.target_modules, convolutions)
+    modules = {name: module for name, module in targets.items() if isinstance(module, nn.Linear)}
+    if not modules:  # statistics are of linear layers; what asked for them here was the error of quantising those
+        return
     widest = max(module.in_features for module in modules.values())
     writer = StatisticsWriter(run.statistics)
     for number in range(request.rounds):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from harness.adapters.lora import read_layers
+from harness.adapters.tensor_forms import TensorUpdate
 from harness.config import RunConfig
 from harness.console import say
 from harness.errors import UserError
@@ -62,7 +63,10 @@ def _export_one(
     updates: dict[str, Update] = {name: method.update(own, subtracted.get(name)) for name, own in layers.items()}
     with _published(destination / "adapter") as staging:
         method.write_adapter(staging, layers, updates, base)
-    unservable = config.eval.backend == "vllm" and not all(isinstance(u, LowRank) for u in updates.values())
+    unservable = any(
+        isinstance(update, TensorUpdate) or (config.eval.backend == "vllm" and not isinstance(update, LowRank))
+        for update in updates.values()
+    )
     if final or unservable:
         with _published(destination / "merged") as staging:
             write_merged(staging, base, dtype, updates)

@@ -74,11 +74,12 @@ class WrittenCandidate:
 def _write_candidates(config: RunConfig, method: Method, run: RunDirectory, staging: Path) -> list[WrittenCandidate]:
     """Write an ``init/`` for every candidate of the method; for the method itself where it has nothing to choose."""
     model = load_model(config.model)
-    modules = target_modules(model, config.model.target_modules)
+    modules = target_modules(model, config.model.target_modules, method.adapts_convolutions)
     layers = describe(modules)
     statistics = StatisticsReader(run.statistics) if (run.statistics / INDEX).is_file() else None
     device = training_device()
-    if config.model.quantization == "nf4" and (misread := misread_on_cpu(layers, device)):
+    linear = [layer for layer in layers if not layer.kernel]
+    if config.model.quantization == "nf4" and (misread := misread_on_cpu(linear, device)):
         say(
             f"warning: model.quantization: on the CPU bitsandbytes misreads {len(misread)} layers, {misread[0]} among "
             f"them, whose input is no multiple of {BLOCK} wide; init/report.json has their errors; use a GPU, or none"
@@ -157,8 +158,8 @@ def _quantisation(
     initial: AdapterInit | None,
     statistics: StatisticsReader | None,
 ) -> dict[str, float]:
-    """Errors of the NF4 layer at step 0, with or without an adapter; nothing where the base is not quantised."""
-    if config.model.quantization == "none":
+    """Errors of the NF4 layer at step 0, with or without an adapter; nothing where the layer is not quantised."""
+    if config.model.quantization == "none" or layer.kernel:
         return {}
     adapter = subtracted = None
     if initial is not None:
@@ -166,7 +167,8 @@ def _quantisation(
         if initial.subtracted is not None:
             subtracted = LowRank(*initial.subtracted, method.scaling())
         elif initial.residual:
-            subtracted = LowRank(initial.B, initial.A, method.scaling())
+            assert isinstance(adapter, LowRank)
+            subtracted = adapter
     covariance = None
     if statistics is not None and statistics.rounds(layer.name):
         covariance = statistics.input_covariance(layer.name).matrix
@@ -175,8 +177,13 @@ def _quantisation(
 
 
 def check_ranks(layers: list[Layer], ranks: dict[str, int]) -> None:
-    """Raise `UserError` where a rank is larger than the smaller side of its layer."""
+    """Raise `UserError` where a rank is larger than the smaller side of its linear layer.
+
+    Ranks of convolutions are the method's to bound: their modes differ too much in size for one limit.
+    """
     for layer in layers:
+        if layer.kernel:
+            continue
         allowed = min(layer.in_features, layer.out_features)
         if ranks.get(layer.name, 0) > allowed:
             raise UserError(
@@ -214,8 +221,7 @@ def _assemble(
     write_layers(staging, by_layer(tensors), adapter_config)
     content = {}
     for layer in layers:  # layers of rank 0 too: what was found there is why
-        shape = [layer.out_features, layer.in_features]
-        own = {"rank": ranks.get(layer.name, 0), "shape": shape, **reports[layer.name]}
+        own = {"rank": ranks.get(layer.name, 0), "shape": list(layer.shape), **reports[layer.name]}
         found = {key: value for key, value in findings[layer.name].items() if not key.startswith("_")}
         content[layer.name] = _finite({**found, **own})
     summary = method.summarise(layers, findings, ranks)

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,26 @@ from harness.data.sampling import sample
 from harness.data.sources import read_examples
 from harness.data.tokenisation import IGNORED, Row, tokenise
 from harness.errors import UserError
-from harness.export.shards import read_tensors
+from harness.export.shards import read_file, read_tensors
+from harness.files import read_json, sha256
 from harness.methods.base import LowRank, Method
 from harness.methods.registry import build_method
 from harness.models.loading import load_model, load_tokenizer, whole_weights
 from harness.models.quantisation import quantise_linears
 from harness.models.targets import target_modules
 from harness.run_directory import RunDirectory
+from harness.stages.answers import answered_rows
 from harness.stages.initialise import subtracted_blocks
+from harness.stages.replay import replay_rows
 from harness.training.callbacks import MetricsWriter, PreserveLoss, Projection, SingleBar
+from harness.training.diagnostics import Diagnostics
 from harness.training.distributed import barrier, rank, training_device, world_size
 from harness.training.penalties.base import Penalty, PenaltySetup
-from harness.training.penalties.registry import build_penalty, penalty_class
+from harness.training.penalties.registry import build_penalty, entry_needs, penalty_entries, prepared_name
 from harness.training.schedule import ScheduledRows, total_steps
 from harness.training.trainer import HarnessTrainer
+
+PREPARED_INDEX = "index.json"  # in prepared/: the checksum of every file
 
 
 def train(config: RunConfig, run: RunDirectory) -> None:
@@ -41,34 +48,36 @@ def train(config: RunConfig, run: RunDirectory) -> None:
     Raises:
         UserError: batch sizes that do not divide, or a loss that is not finite.
     """
-    # The arguments come first: with ZeRO-3 they tell transformers to partition weights while it loads them.
-    tokenizer = load_tokenizer(config.model.path)
-    rows = training_rows(config, tokenizer)
-    steps = total_steps(config.train, len(rows))
-    arguments = training_arguments(config, run, steps)
     finished = run.finished_checkpoints()
     resume = finished[-1][1] if finished else None
     if resume is not None:
         say(f"train: going on from {resume}")
+    trainer = make_trainer(config, run, resume)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    barrier()
 
+
+def make_trainer(config: RunConfig, run: RunDirectory, resume: Path | None = None) -> HarnessTrainer:
+    """The trainer of a run, its model with the tensors of step 0 or of the checkpoint ``resume``."""
+    # The arguments come first: with ZeRO-3 they tell transformers to partition weights while it loads them.
+    tokenizer = load_tokenizer(config.model.path)
+    rows = scheduled_rows(config, run, tokenizer)
+    arguments = training_arguments(config, run, rows.steps)
     method = build_method(config.method, config.train.seed)
-    preserve = preserve_rows(config, tokenizer)
-    penalties = build_penalties(config, preserve, tokenizer.pad_token_id)
-    needs_original = any(penalty.needs_original_model and penalty.weight > 0 for penalty in penalties)
-    method.set_steps(steps)
-    model = build_model(config, run, method, resume, needs_original)
+    penalties = build_penalties(config, run, tokenizer, rows)
+    needs_original = any(entry_needs(entry).original_model for entry in penalty_entries(config))
+    method.set_steps(rows.steps)
     trainer = HarnessTrainer(
-        model,
+        build_model(config, run, method, resume, needs_original),
         arguments,
-        ScheduledRows(rows, steps, config.train.batch_size, config.train.seed),
+        rows,
         pad_id=tokenizer.pad_token_id,
         method=method,
         penalties=penalties,
         checkpoint_folder=run.checkpoints,
     )
-    add_callbacks(trainer, config, run, method, preserve, tokenizer.pad_token_id, len(rows))
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    barrier()
+    add_callbacks(trainer, config, run, method, tokenizer, rows.epochs_per_step)
+    return trainer
 
 
 def training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
@@ -89,6 +98,14 @@ def training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list
     if cut:
         say(f"warning: data.max_length: {cut} of {len(rows)} rows have no response token within it and are left out")
     return useful
+
+
+def scheduled_rows(config: RunConfig, run: RunDirectory, tokenizer: PreTrainedTokenizerBase) -> ScheduledRows:
+    """The rows of the whole run in the order in which steps take them, those that are replayed among them."""
+    rows, replay = training_rows(config, tokenizer), replay_rows(config, run, tokenizer)
+    ratio = config.data.replay.ratio if config.data.replay is not None else 0.0
+    steps = total_steps(config.train, len(rows), ratio)
+    return ScheduledRows(rows, steps, config.train.batch_size, config.train.seed, replay, ratio)
 
 
 def training_arguments(config: RunConfig, run: RunDirectory, steps: int) -> TrainingArguments:
@@ -146,26 +163,58 @@ def deepspeed_config(path: Path) -> dict[str, Any]:
 
 
 def preserve_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """All rows of the preserve set; none where there is no preserve set or nothing in training reads it."""
-    wanted = config.anchor is not None or config.penalties or config.train.preserve_loss_steps is not None
-    if config.data.preserve is None or not wanted:
+    """All rows of the preserve set; none where there is no preserve set."""
+    if config.data.preserve is None:
         return []
     examples = read_examples(config.data.preserve, "data.preserve")
     return [r for r in tokenise(examples, tokenizer, config.data.max_length, "tokenise preserve") if r.input_ids]
 
 
-def build_penalties(config: RunConfig, preserve: list[Row], pad_id: int) -> list[Penalty]:
-    """The anchor, if configured, and the listed penalties.
+def build_penalties(
+    config: RunConfig, run: RunDirectory, tokenizer: PreTrainedTokenizerBase, rows: ScheduledRows
+) -> list[Penalty]:
+    """The anchor, if configured, and the listed penalties, with what they prepared."""
+    penalties = []
+    for number, entry in enumerate(penalty_entries(config)):
+        setup = penalty_setup(config, run, entry, tokenizer, rows)
+        if entry_needs(entry).preparation:
+            setup = replace(setup, prepared=read_prepared(run, number, entry))
+        penalties.append(build_penalty(entry, setup))
+    return penalties
+
+
+def penalty_setup(
+    config: RunConfig,
+    run: RunDirectory,
+    entry: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    training: ScheduledRows,
+) -> PenaltySetup:
+    """What the penalty of ``entry`` gets to see, but for what it prepared.
 
     Raises:
-        UserError: a penalty needs preserve rows and there are none, or the original model under full fine-tuning.
+        UserError: it needs preserve rows and there are none.
     """
-    entries = [] if config.anchor is None else [{"name": "anchor", **config.anchor.model_dump()}]
-    entries += config.penalties
-    for entry in entries:
-        if penalty_class(entry["name"]).needs_preserve and not preserve:
-            raise UserError(f"data.preserve: missing or empty; {entry['name']} needs preserve prompts")
-    return [build_penalty(entry, PenaltySetup(preserve, pad_id, config.train.seed)) for entry in entries]
+    needs, rows = entry_needs(entry), []
+    if needs.answers:
+        rows = answered_rows(config, run, tokenizer)
+    elif needs.preserve:
+        rows = preserve_rows(config, tokenizer)
+    if not rows and (needs.preserve or needs.answers):
+        raise UserError(f"data.preserve: missing or empty; {entry['name']} needs preserve prompts")
+    return PenaltySetup(rows, tokenizer.pad_token_id, config.train.seed, training.steps, training)
+
+
+def read_prepared(run: RunDirectory, number: int, entry: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What entry ``number`` of the penalties left in ``prepared/``.
+
+    Raises:
+        UserError: the file is not what was written.
+    """
+    file = run.prepared / f"{prepared_name(number, entry)}.safetensors"
+    if not file.is_file() or sha256(file) != read_json(run.prepared / PREPARED_INDEX).get(file.name):
+        raise UserError(f"prepared: {file} is missing or damaged; redo it with --force prepare")
+    return dict(read_file(file))
 
 
 def build_model(
@@ -196,7 +245,8 @@ def build_model(
             subtract_from_base(model, subtracted)
     if subtracted and needs_original:
         assert isinstance(model, PeftModel)
-        start = {name: method.update(own, None) for name, own in initial.items()}
+        # What the frozen base lacks of the original model: the adapter at step 0, or what a method took out for good.
+        start = {n: method.update(own, None) for n, own in initial.items()} if method.starts_at_base else subtracted
         add_initial(model, {n: u for n, u in start.items() if isinstance(u, LowRank)}, method.scaling())
     layers = initial if resume is None else trained_layers(resume, initial)
     load_tensors(model, ((f"{layer}.{name}", tensor) for layer, own in layers.items() for name, tensor in own.items()))
@@ -227,19 +277,23 @@ def add_callbacks(
     config: RunConfig,
     run: RunDirectory,
     method: Method,
-    preserve: list[Row],
-    pad_id: int,
-    rows: int,
+    tokenizer: PreTrainedTokenizerBase,
+    epochs_per_step: float,
 ) -> None:
-    """Projection after each step, preserve loss, ``metrics.jsonl``, and one progress bar."""
+    """Projection after each step, diagnostics, preserve loss, ``metrics.jsonl``, and one progress bar."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Projection(method))
     if rank() == 0:  # first of those that log: it opens the file that the others' lines go to
-        trainer.add_callback(MetricsWriter(run.metrics, epochs_per_step=config.train.batch_size / rows))
+        trainer.add_callback(MetricsWriter(run.metrics, epochs_per_step))
+    if config.train.diagnostics_steps is not None:  # before the bar over the steps: it begins with a bar of its own
+        blocks, steps, parts = subtracted_blocks(run.init), config.train.diagnostics_steps, config.train.diagnostics
+        trainer.add_callback(Diagnostics(trainer, method, run.init, blocks, steps, parts))
+    if rank() == 0:
         trainer.add_callback(SingleBar())
     if config.train.preserve_loss_steps is not None:
+        preserve = preserve_rows(config, tokenizer)
         chosen = sample(preserve, config.train.preserve_loss_samples, "preserve loss", config.train.seed)
-        trainer.add_callback(PreserveLoss(trainer, chosen, pad_id, config.train.preserve_loss_steps))
+        trainer.add_callback(PreserveLoss(trainer, chosen, tokenizer.pad_token_id, config.train.preserve_loss_steps))
 
 
 def _placed(model: nn.Module, device: torch.device) -> nn.Module:

@@ -1,6 +1,7 @@
 """What happens around steps: projections, the preserve loss, the metrics file, the progress bar."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from harness.data.tokenisation import Row
 from harness.files import write_text
 from harness.methods.base import Method
-from harness.training.trainer import HarnessTrainer, token_mean_loss
+from harness.training.preserve import token_means
+from harness.training.trainer import HarnessTrainer
 
 PRESERVE_BATCH = 16
 
@@ -30,7 +32,10 @@ class Projection(TrainerCallback):
 
 
 class PreserveLoss(TrainerCallback):
-    """Loss on preserve rows before training and every ``interval`` steps: forgetting, seen as it happens."""
+    """Loss and token accuracy on preserve rows before training and every ``interval`` steps.
+
+    Forgetting, seen as it happens (FCLoRA, Fig. 3b and c). Perplexity is exp of the loss.
+    """
 
     def __init__(self, trainer: HarnessTrainer, rows: Sequence[Row], pad_id: int, interval: int) -> None:
         self._trainer, self._rows, self._pad_id, self._interval = trainer, rows, pad_id, interval
@@ -48,8 +53,11 @@ class PreserveLoss(TrainerCallback):
             control.should_log = due  # logging clears it, and the step's own line is still to come
 
     def _measure(self) -> None:
-        loss = token_mean_loss(self._trainer.model_wrapped, self._rows, self._pad_id, PRESERVE_BATCH)
-        self._trainer.log({"preserve_loss": loss})
+        found = token_means(self._trainer.model_wrapped, self._rows, self._pad_id, PRESERVE_BATCH)
+        perplexity = math.exp(min(found.loss, 709.0))  # above it exp overflows
+        self._trainer.log(
+            {"preserve_loss": found.loss, "preserve_perplexity": perplexity, "preserve_accuracy": found.accuracy}
+        )
 
 
 class MetricsWriter(TrainerCallback):

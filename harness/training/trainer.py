@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from harness.data.collation import Batch, collate, stack
 from harness.data.sampling import seed_for
-from harness.data.tokenisation import IGNORED, Row
+from harness.data.tokenisation import IGNORED
 from harness.errors import UserError
 from harness.export.shards import read_file
 from harness.files import publish_directory, write_tensors
@@ -46,7 +46,7 @@ class HarnessTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._pad_id = pad_id
         self._method = method
-        self._penalties = [penalty for penalty in penalties if penalty.weight > 0]
+        self._penalties = penalties
         self._checkpoint_folder = checkpoint_folder
         self._pass_of_step = (-1, 0)
         self._terms: dict[str, torch.Tensor] = {}
@@ -79,29 +79,33 @@ class HarnessTrainer(Trainer):
             self._pass_of_step[1] * ranks + rank(),
             self.args.gradient_accumulation_steps * ranks,
         )
-        riding = [penalty.rows(at) for penalty in self._penalties]
-        batch, slices = inputs, []
+        active = [penalty for penalty in self._penalties if penalty.weight_at(at.step) > 0]
+        riding = [penalty.rows(at) for penalty in active]
+        batch, counts = inputs, [inputs["input_ids"].shape[0]]
         for rows in riding:
-            start = batch["input_ids"].shape[0]
             if rows is not None:
                 batch = stack(batch, {k: v.to(inputs["input_ids"].device) for k, v in rows.items()}, self._pad_id)
-            slices.append(slice(start, batch["input_ids"].shape[0]))
+            counts.append(0 if rows is None else rows["input_ids"].shape[0])
         # Whatever else the penalties run comes first: nothing stands between the differentiated pass and its
         # backward pass, whose order of gathering ZeRO-3 mirrors.
-        prepared = [penalty.before(model, at, rows) for penalty, rows in zip(self._penalties, riding, strict=True)]
+        prepared = [penalty.before(model, at, rows, inputs) for penalty, rows in zip(active, riding, strict=True)]
         logits_BLV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        count = inputs["input_ids"].shape[0]
-        task = response_loss(logits_BLV[:count], batch["labels"][:count]) / num_items_in_batch
+        # Cut once: each slice on its own would have a backward pass over a whole tensor of zeros.
+        own_logits, *riding_logits = logits_BLV.split(counts)
+        task = response_loss(own_logits, batch["labels"][: counts[0]]) / num_items_in_batch
         total = task * ranks
         self._add_term("loss", task * ranks)
-        for penalty, rows, part, first in zip(self._penalties, riding, slices, prepared, strict=True):
-            value = penalty.penalty(model, at, rows, logits_BLV[part] if rows is not None else None, first)
-            if value is not None:
-                total = total + penalty.weight * value * ranks
-                self._add_term(penalty.metric, value * ranks)
-        own = self._method.penalty(model)
-        if own is not None:
-            share = own / self.args.gradient_accumulation_steps
+        for penalty, rows, logits, first in zip(active, riding, riding_logits, prepared, strict=True):
+            for value in (
+                penalty.penalty(model, at, rows, logits if rows is not None else None, first),
+                penalty.batch_penalty(model, at, inputs, own_logits, first),
+            ):
+                if value is not None:
+                    total = total + penalty.weight_at(at.step) * value * ranks
+                    self._add_term(penalty.metric, value * ranks)
+        form = self._method.penalty(model)
+        if form is not None:
+            share = form / self.args.gradient_accumulation_steps
             total = total + share
             self._add_term("method_penalty", share)
         return total
@@ -171,15 +175,19 @@ class HarnessTrainer(Trainer):
             if (folder / checkpoints.METHOD_STATE).is_file():
                 self._method.load_state(self.model, dict(read_file(folder / checkpoints.METHOD_STATE)))
             self._logged_step = self.state.global_step
+        for penalty in self._penalties:
+            penalty.attach(self.model)
         return prepared
 
     def _announce_steps(self) -> None:
-        """Let the method see the gradients of each step: accelerate runs backward pass and step in one call."""
+        """Let method and penalties see the gradients of each step: accelerate runs backward pass and step in one."""
         engine = self.deepspeed
         step = engine.step
 
         def announced(*args: Any, **kwargs: Any) -> Any:
             self._method.before_step(self.model, self.state.global_step + 1)
+            for penalty in self._penalties:
+                penalty.before_step(self.model, self.state.global_step + 1)
             return step(*args, **kwargs)
 
         engine.step = announced
@@ -198,27 +206,6 @@ def response_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
     )
-
-
-def token_mean_loss(model: nn.Module, rows: Sequence[Row], pad_id: int, batch_size: int) -> float:
-    """Mean next-token loss over the labelled tokens of ``rows``, over all ranks, dropout off. Collective."""
-    device = next(model.parameters()).device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        # Every rank makes the same number of passes, as ZeRO-3 needs; a rank without rows repeats one, uncounted.
-        for start in range(0, len(rows), batch_size * world_size()):
-            mine = rows[start : start + batch_size * world_size()][rank() :: world_size()]
-            batch = {k: v.to(device) for k, v in collate(mine or rows[:1], pad_id).items()}
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-            if mine:
-                sums[0] += response_loss(logits, batch["labels"]).double()
-                sums[1] += (batch["labels"][:, 1:] != IGNORED).sum()
-    model.train(training)
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
-    return float(sums[0] / sums[1])
 
 
 def _finite(value: Any) -> bool:

@@ -30,7 +30,7 @@ def test_equals_the_base_after_a_change(started: Started) -> None:
         assert largest(logits(model), base) <= 1e-5
     assert torch.equal(logits(model), moved)
     batch = prompts()
-    assert largest(original_logits(model, batch)[batch["attention_mask"].bool()], base) <= 1e-5
+    assert largest(original_logits(model, batch).logits[batch["attention_mask"].bool()], base) <= 1e-5
 
 
 def test_everything_is_put_back(started: Started) -> None:

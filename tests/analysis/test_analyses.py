@@ -20,7 +20,7 @@ from harness.data.tokenisation import Row, tokenise
 from harness.errors import UserError
 from harness.models.loading import load_model, load_tokenizer
 from harness.models.targets import target_modules
-from harness.training.trainer import token_mean_loss
+from harness.training.preserve import token_means
 from tests.analysis.direct import (
     direct_asvd_factor,
     direct_context_factor,
@@ -193,7 +193,7 @@ def test_nothing_discarded_is_the_base(config: RunConfig, model: PreTrainedModel
     found = read(files, ".json")
     texts = held_out_texts(config)
     rows = sorted((Row(ids, ids) for ids in texts), key=lambda row: len(row.input_ids))
-    assert found["base"]["loss"] == token_mean_loss(model, rows, 2, 8)  # exactly
+    assert found["base"]["loss"] == token_means(model, rows, 2, 8).loss  # exactly
     assert found["base"]["perplexity"] == pytest.approx(direct_perplexity(model, texts), rel=1e-5)
     assert found["test"]["predicted_tokens"] == sum(len(ids) - 1 for ids in texts)
     # The study leaves the model as it found it, bit by bit.

@@ -11,8 +11,8 @@ import pytest
 
 from harness.errors import UserError
 from harness.evaluation.stage import evaluate_run
-from tests.conftest import REPOSITORY
 from tests.evaluation.conftest import LocalTasks
+from tests.gangs import REPOSITORY
 
 
 @pytest.fixture

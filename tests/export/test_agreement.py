@@ -19,6 +19,7 @@ from harness.models.loading import load_model
 from harness.models.targets import describe, target_modules
 from harness.run_directory import RunDirectory
 from harness.stages.export import export
+from harness.stages.initialise import SUBTRACTED
 from tests.methods.runs import (
     METHODS,
     base_model,
@@ -60,7 +61,8 @@ def test_agree(started: Started) -> None:
     assert largest(by_transformers_alone(run.merged), live) <= BOUND * scale
     report = read_json(run.init / "report.json")["layers"]
     for name, factor in read_adapter(run.adapter).items():
-        doubled = report[name]["residual"] and not config.method.get("freeze_a", False)
+        taken = report[name]["residual"] or (run.init / SUBTRACTED).is_dir()
+        doubled = taken and not config.method.get("freeze_a", False)
         assert factor.A.shape[0] == report[name]["rank"] * (2 if doubled else 1)
     tokenizer = AutoTokenizer.from_pretrained(run.merged)
     assert tokenizer("abcd efgh").input_ids == AutoTokenizer.from_pretrained(config.model.path)("abcd efgh").input_ids

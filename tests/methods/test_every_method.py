@@ -12,6 +12,7 @@ from harness.data.sampling import seed_for
 from harness.methods.base import AdapterInit, Method
 from harness.methods.registry import build_method, method_class, method_names, needs
 from harness.models.targets import Layer
+from harness.training.penalties.registry import penalty_class, penalty_names
 from tests.decomposition.reference import outlier_problem
 from tests.methods.held import Held
 from tests.methods.runs import VARIANTS, registered
@@ -62,7 +63,8 @@ def test_tensors_of_a_layer(label: str, shape: tuple[int, int]) -> None:
         assert torch.equal(initial.A, again.A)
         assert torch.equal(initial.B, again.B)
         # B = 0, or the block is taken out of the base, or the base is quantised.
-        assert bool(initial.B.any()) == (initial.residual or initial.subtracted is not None)
+        taken = initial.subtracted is not None and build(label, rank).starts_at_base
+        assert bool(initial.B.any()) == (initial.residual or taken)
 
 
 @pytest.mark.parametrize("label", [label for label, config in CONFIGS.items() if config["name"] in ("lora", "lora_ga")])
@@ -101,7 +103,7 @@ def test_methods_command(monkeypatch: pytest.MonkeyPatch) -> None:
     for cells in ([cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")):
         name = cells[0] or name
         rows[name] = f"{rows.get(name, '')} {' '.join(cells[1:])}"
-    assert list(rows) == method_names()
+    assert list(rows) == [*method_names(), *penalty_names()]
     assert "data.preserve (mode: kpm)" in rows["corda"]
     assert "data.train (mode: ipm)" in rows["corda"]
     assert "data.train, with gradients" in rows["lora_ga"]
@@ -116,4 +118,14 @@ def test_page_of_methods(name: str) -> None:
     assert f"| `{name}` |" in table, f"no row for {name} in the table of docs/methods.md"
     text = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
     for option in method_class(name).Options.model_fields:
+        assert f"`{option}`" in text, f"docs/ does not name the option {option} of {name}"
+
+
+@pytest.mark.parametrize("name", penalty_names())
+def test_page_of_penalties(name: str) -> None:
+    """docs/penalties.md has a row for every penalty; it or a page of its own names every option."""
+    table = (DOCS / "penalties.md").read_text(encoding="utf-8")
+    assert f"`{name}`" in table, f"no row for {name} in the table of docs/penalties.md"
+    text = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
+    for option in penalty_class(name).Options.model_fields:
         assert f"`{option}`" in text, f"docs/ does not name the option {option} of {name}"

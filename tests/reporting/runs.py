@@ -66,6 +66,20 @@ def metric_lines(steps: int, penalty: str | None = None, every: int = 5) -> list
     return [*lines, {"step": steps, "epoch": steps / 125, "seconds": steps / 3 + 1, "preserve_loss": 0.264}]
 
 
+def diagnostic_lines(steps: int, every: int = 10, slope: float = 0.05) -> list[dict[str, Any]]:
+    """What `train.diagnostics_steps` and `train.preserve_loss_steps` log, of two module types; ΔW is zero at first."""
+    lines = []
+    for step in range(0, steps + 1, every):
+        line: dict[str, Any] = {"step": step, "epoch": step / 125, "seconds": step / 3}
+        line |= {"preserve_accuracy": 0.6 - step / 200, "preserve_perplexity": 1.2 + step / 50}
+        for kind, share in (("self_attn.q_proj", 1.0), ("mlp.up_proj", 0.5), ("all", 0.75)):
+            line |= {f"spectral_norm/{kind}": slope * share * step, f"spectral_norm_max/{kind}": slope * step}
+            line |= {f"orthogonality_error/{kind}": 0.1 * share * math.exp(-step / 9)}
+            line |= {f"amplification_w_to_dw/{kind}": share * step / 10} if step else {}
+        lines.append(line)
+    return lines
+
+
 def initialisation(method: str) -> dict[str, Any]:
     layers = {
         f"model.layers.{block}.{module}": {

@@ -84,6 +84,7 @@ def chosen_ranks(model: PreTrainedModel, statistics: Statistics, mode: str) -> t
     return method.ranks(describe(modules), findings), [found["selection_score"] for found in findings.values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["kpm", "ipm"])
 def test_ranks_that_corda_chooses(model: PreTrainedModel, gangs: Path, tmp_path: Path, mode: str) -> None:
     """The same for 1, 2 and 3 ranks of the gang and for batch sizes 1, 3 and 8."""
@@ -102,6 +103,7 @@ def test_ranks_that_corda_chooses(model: PreTrainedModel, gangs: Path, tmp_path:
         assert own == pytest.approx(scores, rel=BOUND)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_ranks(ranks: int, gangs: Path, direct: dict[str, torch.Tensor]) -> None:
     """Batches are dealt out unevenly and the last of several ranks has none; every rank gets the whole result."""

@@ -102,6 +102,7 @@ def gangs(random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_ranks(model: PreTrainedModel, ranks: int, gangs: Path, direct: Matrices) -> None:
     """Batches are dealt out unevenly and the last of several ranks has none; every rank gets the whole result."""

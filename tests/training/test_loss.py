@@ -11,7 +11,8 @@ from harness.data.collation import collate
 from harness.data.tokenisation import IGNORED, Row
 from harness.models.loading import load_model
 from harness.training.penalties.anchor import token_divergence
-from harness.training.trainer import response_loss, token_mean_loss
+from harness.training.preserve import token_means
+from harness.training.trainer import response_loss
 
 ROWS = [
     Row([3, 4, 5, 6, 7], [IGNORED, IGNORED, 5, 6, 7]),
@@ -60,17 +61,30 @@ def test_response_loss_of_half_precision_is_summed_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
-def test_token_mean_loss(random_base: Path, batch_size: int) -> None:
-    """A mean over tokens, not over rows or batches; the model's mode is left as it was."""
+def test_token_means(random_base: Path, batch_size: int) -> None:
+    """Means over tokens, not over rows or batches; the model's mode is left as it was."""
     model = load_model(ModelConfig(path=str(random_base), dtype="float32"))
-    sums = [0.0, 0]
+    sums, right = [0.0, 0], 0
+    # Rows that the model partly predicts right: what it says to each row of ROWS, in every other place.
+    rows = []
     with torch.no_grad():
         for row in ROWS:
-            part = naive_loss(model(input_ids=torch.tensor([row.input_ids])).logits[0], row)
+            logits = model(input_ids=torch.tensor([row.input_ids])).logits[0]
+            said = [IGNORED, *logits.argmax(-1).tolist()][: len(row.labels)]
+            labels = [
+                own if label != IGNORED and place % 2 else label
+                for place, (own, label) in enumerate(zip(said, row.labels, strict=True))
+            ]
+            rows.append(Row(row.input_ids, labels))
+            part = naive_loss(logits, rows[-1])
             sums = [sums[0] + part[0], sums[1] + part[1]]
+            right += sum(own == label for own, label in list(zip(said, labels, strict=True))[1:] if label != IGNORED)
+    assert 0 < right < sums[1]
     for training in (True, False):
         model.train(training)
-        assert token_mean_loss(model, ROWS, 2, batch_size) == pytest.approx(sums[0] / sums[1], rel=1e-5)
+        found = token_means(model, rows, 2, batch_size)
+        assert found.loss == pytest.approx(sums[0] / sums[1], rel=1e-5)
+        assert found.accuracy == pytest.approx(right / sums[1])
         assert model.training == training
 
 
@@ -99,11 +113,3 @@ def test_divergence_of_extreme_logits_is_finite() -> None:
     original, adapted = torch.tensor([[[200.0, -200.0, 0.0]]]), torch.tensor([[[-200.0, 200.0, 0.0]]])
     assert token_divergence(original, adapted).item() == pytest.approx(400.0)
     assert token_divergence(original.half(), adapted.half()).item() == pytest.approx(400.0)
-
-
-def test_gradient_of_the_divergence_is_the_difference_of_probabilities() -> None:
-    generator = torch.Generator().manual_seed(0)
-    original = torch.randn(1, 2, 5, generator=generator)
-    adapted = torch.randn(1, 2, 5, generator=generator, requires_grad=True)
-    token_divergence(original, adapted).sum().backward()
-    assert torch.allclose(adapted.grad, adapted.softmax(-1) - original.softmax(-1), atol=1e-6)

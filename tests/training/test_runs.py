@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import gang_command, run_gang
+from tests.gangs import gang_environment, run_in_gang
 
 pytestmark = pytest.mark.slow
 Tensors = dict[str, torch.Tensor]
@@ -39,10 +39,7 @@ def alone(content: dict[str, Any], folder: Path, name: str, **blocks: Any) -> Pa
     content = {**copy.deepcopy(content), "name": name, **blocks}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(content))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", "harness.gang", "--config", str(path), "--stages", "calibrate,init,train"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_in_gang(1, "--config", str(path), "--stages", "calibrate,init,train")
     return Path(content["output_dir"]) / name
 
 
@@ -63,10 +60,9 @@ def test_anchor_of_weight_0_is_the_method_alone(base_config: dict[str, Any], tmp
 
 def kill_after(config: Path, ranks: int, checkpoint: Path, *overrides: str) -> None:
     """Start a gang and kill all of it with SIGKILL once ``checkpoint`` is there."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     process = subprocess.Popen(
         gang_command(config, ranks, *overrides),
-        env=environment,
+        env=gang_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

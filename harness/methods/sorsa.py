@@ -1,0 +1,84 @@
+"""SORSA (Cao, 2024): the r largest components of W are trained as U·diag(S)·Vᵀ, U and V kept near orthonormal.
+
+W = U_p·diag(S_p)·V_pᵀ + W_r: the first part is the adapter, the residual weight W_r is frozen. γ times the mean over
+all U and V of ‖UᵀU − I‖_F, ‖VᵀV − I‖_F is added to the loss.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from harness.adapters.orthogonality import orthogonality_errors
+from harness.config import NonNegativeFloat, PositiveInt, Strict
+from harness.decomposition.components import chosen_components
+from harness.methods.base import AdapterInit, LowRank, Method, Statistics, Update
+from harness.models.targets import Layer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class SORSAOptions(Strict):
+    """``gamma``: weight of the orthonormality penalty; the default is that of the reference's scripts."""
+
+    rank: PositiveInt = 16
+    gamma: NonNegativeFloat = 4e-4
+
+
+class SORSA(Method):
+    """PiSSA's components in SVD form, with a penalty that keeps them one."""
+
+    Options = SORSAOptions
+    summary = "SORSA: largest components of W in SVD form, kept near orthonormal"
+    paper = "Cao, 2024 (arXiv 2409.00055)"
+    trains_more_than_pair = True
+
+    def ranks(self, layers: Sequence[Layer], findings: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+        """The same rank everywhere."""
+        return {layer.name: self.options.rank for layer in layers}
+
+    def initialise(
+        self,
+        layer: Layer,
+        weight: torch.Tensor,
+        rank: int,
+        statistics: Statistics | None,
+        finding: Mapping[str, Any],
+    ) -> AdapterInit:
+        """U_p, S_p and V_pᵀ of ``weight`` (out, in), which becomes the residual weight."""
+        components = chosen_components(weight, range(rank))
+        U, S, Vt = (t.float().cpu().contiguous() for t in (components.U, components.sigma, components.V.T))
+        report = {
+            "solver": components.solver,
+            "singular_value_max": float(S[0]),
+            "singular_value_at_cut": float(S[-1]),
+            "share_of_weight": float(components.sigma.norm() / weight.double().norm().clamp_min(1e-300)),
+        }
+        return AdapterInit(Vt, U, residual=True, report=report, extra={"lora_sigma.weight": S})
+
+    def attach(self, model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
+        """PEFT's LoRA layers with S."""
+        from harness.adapters import singular
+
+        attached: PeftModel = super().attach(model, ranks)
+        singular.add_singular_values(attached)
+        self._vectors = singular.singular_vectors(attached)
+        return attached
+
+    def penalty(self, model: nn.Module) -> torch.Tensor | None:
+        """γ · mean over all U and V of ‖UᵀU − I‖_F, ‖VᵀV − I‖_F."""
+        if self.options.gamma == 0:
+            return None
+        return self.options.gamma * orthogonality_errors(*self._vectors).mean()
+
+    def singular_vectors(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """U (out, r) and V (in, r) as trained."""
+        return tensors["lora_B.weight"], tensors["lora_A.weight"].T
+
+    def update(self, tensors: Mapping[str, torch.Tensor], subtracted: LowRank | None) -> Update:
+        """U·diag(S)·Vᵀ less what it was at step 0: of rank 2r on the original weight."""
+        from harness.adapters.lora import low_rank
+
+        return self.delta(low_rank(tensors, self.scaling()), subtracted)

@@ -56,11 +56,6 @@ def best_methods(points: Sequence[Point], count: int = 3) -> list[str]:
 
 def summarise(points: Sequence[Point], curves: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Per method K at matched T and the end points of its rates; then the claims."""
-    methods = {}
-    for method in dict.fromkeys(p["method"] for p in points):
-        seeds = {p["seed"] for p in points if p["method"] == method}
-        rows = {str(t): _moments(list(matched(points, method, t).values()), len(seeds)) for t in MATCHED_T}
-        methods[method] = {"K_at_T": rows, "end_points": _end_points(points, method)}
     claims = {
         "K at matched T, CorDA-KPM minus LoRA": differences(points, "CorDA-KPM", "LoRA"),
         "K at matched T, CorDA++-KPM minus CorDA-KPM": differences(points, "CorDA++-KPM", "CorDA-KPM"),
@@ -74,7 +69,17 @@ def summarise(points: Sequence[Point], curves: Sequence[dict[str, Any]]) -> dict
             for method in ("CorDA-IPM", "CorDA++-IPM", "PiSSA", "CorDA-KPM", "FARSS", "full")
         },
     }
-    return {"methods": methods, "claims": claims}
+    return {"methods": summarise_methods(points), "claims": claims}
+
+
+def summarise_methods(points: Sequence[Point]) -> dict[str, Any]:
+    """Per method K at matched T and the end points of its rates."""
+    methods = {}
+    for method in dict.fromkeys(p["method"] for p in points):
+        seeds = {p["seed"] for p in points if p["method"] == method}
+        rows = {str(t): moments(list(matched(points, method, t).values()), len(seeds)) for t in MATCHED_T}
+        methods[method] = {"K_at_T": rows, "end_points": _end_points(points, method)}
+    return methods
 
 
 def differences(points: Sequence[Point], one: str, other: str) -> dict[str, Any]:
@@ -83,7 +88,7 @@ def differences(points: Sequence[Point], one: str, other: str) -> dict[str, Any]
     rows = {}
     for t in MATCHED_T:
         left, right = matched(points, one, t), matched(points, other, t)
-        rows[str(t)] = _moments([left[s] - right[s] for s in sorted(left.keys() & right.keys())], seeds)
+        rows[str(t)] = moments([left[s] - right[s] for s in sorted(left.keys() & right.keys())], seeds)
     return rows
 
 
@@ -116,7 +121,8 @@ def _smoothed(losses: list[list[float]]) -> list[tuple[int, float]]:
     ]
 
 
-def _moments(values: list[float], seeds: int) -> dict[str, Any]:
+def moments(values: list[float], seeds: int) -> dict[str, Any]:
+    """Mean and standard deviation over ``values``, out of how many ``seeds``."""
     return {
         "reached": len(values),
         "seeds": seeds,
@@ -131,33 +137,39 @@ def _end_points(points: Sequence[Point], method: str) -> list[dict[str, Any]]:
     for rate in sorted({p["rate"] for p in points if p["method"] == method}):
         mine = [p for p in points if p["method"] == method and p["rate"] == rate and p["step"] == last]
         ends.append(
-            {"rate": rate, "T": _moments([p["T"] for p in mine], len(mine))}
-            | {"K": _moments([p["K"] for p in mine], len(mine))}
+            {"rate": rate, "T": moments([p["T"] for p in mine], len(mine))}
+            | {"K": moments([p["K"] for p in mine], len(mine))}
         )
     return ends
 
 
 def print_tables(summary: dict[str, Any]) -> None:
     """K at matched T, where each rate ended, and the claims, as Markdown."""
-    print("\nK at matched T: mean ± standard deviation (seeds that reached that T / seeds run)\n")
-    print("| method | " + " | ".join(f"T = {t}" for t in MATCHED_T) + " |")
-    print("|---|" + "---|" * len(MATCHED_T))
-    for method, entry in summary["methods"].items():
-        print(f"| {method} | " + " | ".join(_cell(entry["K_at_T"][str(t)]) for t in MATCHED_T) + " |")
-    print("\nAt the last step, T / K\n")
-    for method, entry in summary["methods"].items():
-        ends = "; ".join(f"lr {end['rate']:g}: {_pm(end['T'])} / {_pm(end['K'])}" for end in entry["end_points"])
-        print(f"- {method}: {ends}")
+    print_methods(summary["methods"])
     print("\nClaims\n")
     for claim, content in summary["claims"].items():
         if claim.startswith("K at"):
-            text = ", ".join(f"T={t}: {_cell(row)}" for t, row in content.items())
+            text = ", ".join(f"T={t}: {cell(row)}" for t, row in content.items())
         else:
             text = ", ".join(f"seed {r['seed']}: {r['steps']} (LoRA {r['reference_steps']})" for r in content)
         print(f"- {claim}: {text}")
 
 
-def _cell(row: dict[str, Any]) -> str:
+def print_methods(methods: dict[str, Any]) -> None:
+    """K at matched T and where each rate ended, as Markdown."""
+    print("\nK at matched T: mean ± standard deviation (seeds that reached that T / seeds run)\n")
+    print("| method | " + " | ".join(f"T = {t}" for t in MATCHED_T) + " |")
+    print("|---|" + "---|" * len(MATCHED_T))
+    for method, entry in methods.items():
+        print(f"| {method} | " + " | ".join(cell(entry["K_at_T"][str(t)]) for t in MATCHED_T) + " |")
+    print("\nAt the last step, T / K\n")
+    for method, entry in methods.items():
+        ends = "; ".join(f"lr {end['rate']:g}: {_pm(end['T'])} / {_pm(end['K'])}" for end in entry["end_points"])
+        print(f"- {method}: {ends}")
+
+
+def cell(row: dict[str, Any]) -> str:
+    """A table's cell: mean ± standard deviation (seeds that got there / seeds run)."""
     return "not reached" if row["mean"] is None else f"{_pm(row)} ({row['reached']}/{row['seeds']})"
 
 
@@ -168,27 +180,35 @@ def _pm(row: dict[str, Any]) -> str:
 
 def draw(points: Sequence[Point], path: Path) -> None:
     """Mean frontiers with a band of one standard deviation: without the anchor, with it, quantised, second base."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names = list(dict.fromkeys(p["method"] for p in points))
     second = [n for n in names if n.endswith("(second base)")]
     quantised = [n for n in names if (n.startswith("Q") or n == "LoftQ") and n not in second]
     anchored = [n for n in names if "anchor" in n and n not in second]
     plain = [n for n in names if n not in {*quantised, *second, *anchored}]
     panels = {"initialisation alone": plain, "with the anchor": [*anchored, "LoRA"], "NF4 base": quantised}
-    panels |= {"second base": second}
+    draw_panels(points, panels | {"second base": second}, path)
+
+
+def draw_panels(points: Sequence[Point], panels: dict[str, list[str]], path: Path) -> None:
+    """One panel for each title and its methods, two in a row, those without methods left out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     panels = {title: methods for title, methods in panels.items() if methods}
-    figure, grid = plt.subplots(2, 2, figsize=(13, 9.5), constrained_layout=True, sharex=True, sharey=True)
+    rows = -(-len(panels) // 2)
+    figure, grid = plt.subplots(
+        rows, 2, figsize=(13, 4.75 * rows), constrained_layout=True, sharex=True, sharey=True, squeeze=False
+    )
     colours = plt.get_cmap("tab10").colors
     for axes, (title, methods) in zip(grid.flat, panels.items(), strict=False):
         for number, method in enumerate(methods):
             _draw_method(axes, points, method, colours[number % 10], "-" if number < 10 else "--")
         axes.set(title=title, xlim=(-0.02, 1.02), ylim=(-0.02, 1.06))
         axes.grid(alpha=0.25)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4, fontsize=8, frameon=False)
+        columns = 4 if max(map(len, methods)) < 22 else 2  # a legend wider than its panel would make the panel narrow
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=columns, fontsize=8, frameon=False)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     figure.supxlabel("T: exact match on the new skill")

@@ -54,6 +54,8 @@ def main() -> None:
     options = parser.parse_args()
     quiet_libraries()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
+    environment = dict(os.environ)  # of the processes that memory is measured in: without what joining ranks adds
     import torch
 
     torch.set_num_threads(options.threads)
@@ -64,7 +66,7 @@ def main() -> None:
     for name in ("tiny", "llama-100m") if options.model == "both" else (options.model,):
         rounds = options.rounds or {"tiny": 60, "llama-100m": 8}[name]
         content[name] = {"rounds": rounds, "threads": options.threads, "rows": ROWS} | measure(name, rounds)
-        memory = {setup: memory_in_own_process(name, setup, options.threads) for setup in SETUPS}
+        memory = {setup: memory_in_own_process(name, setup, options.threads, environment) for setup in SETUPS}
         for setup, entry in content[name]["setups"].items():
             entry["peak_mib"] = memory[setup]
             entry["memory_ratio"] = memory[setup] / memory["lora"]
@@ -100,10 +102,10 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
     return {"shape": shape, "setups": setups}
 
 
-def memory_in_own_process(model: str, setup: str, threads: int) -> float:
+def memory_in_own_process(model: str, setup: str, threads: int, environment: dict[str, str]) -> float:
     """MiB that training adds at its peak, measured in a fresh process."""
     command = [sys.executable, __file__, "--model", model, "--memory-of", setup, "--threads", str(threads)]
-    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     return float(answer.strip().splitlines()[-1])
 
 

@@ -1,6 +1,6 @@
 """What a training step costs beside plain LoRA's: time and peak memory of methods and penalties, as ratios.
 
-    .venv/bin/python benchmarks/step_cost.py                    both models; about fifteen minutes on two cores
+    .venv/bin/python benchmarks/step_cost.py                    both models
     .venv/bin/python benchmarks/step_cost.py --model tiny --rounds 40
 
 Every setup has its own DeepSpeed engine (ZeRO-2, one rank) and AdamW; all stand in one process and take turns, step by
@@ -16,7 +16,6 @@ training is timed apart.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -117,7 +116,7 @@ def peak_memory(model: str, setup: str) -> float:
         before = resident_mib("VmRSS")
         for _ in range(3):
             stepper.step()
-        return max(resident_mib("VmHWM") - before, resource.getpagesize() / 2**20)
+        return resident_mib("VmHWM") - before
 
 
 def resident_mib(field: str) -> float:

@@ -16,6 +16,7 @@ import torch
 from harness.decomposition.tucker import tucker_product
 from harness.errors import UserError
 from harness.files import write_json, write_tensors
+from harness.methods.base import LowRank, Update
 from harness.models.targets import Layer
 
 INPUTS, CORE, OUTPUTS = "lora_A.weight", "lora_core.weight", "lora_B.weight"
@@ -218,6 +219,29 @@ def write_form(
         **asdict(form),  # type: ignore[call-overload]
     }
     write_json(folder / CONFIG, content)
+
+
+def write_adapter(
+    folder: Path,
+    form: Form,
+    scaling: float,
+    layers: Mapping[str, Mapping[str, torch.Tensor]],
+    updates: Mapping[str, Update],
+    base_model: str,
+) -> None:
+    """A plain LoRA where every update has factors; with convolutions among the layers the form's own tensors.
+
+    Args:
+        layers: tensors by layer and name.
+    """
+    from harness.adapters import lora  # PEFT takes seconds that checking a configuration should not pay
+
+    factors = {name: update for name, update in updates.items() if isinstance(update, LowRank)}
+    if len(factors) == len(updates):
+        lora.write_adapter(folder, factors, base_model)
+        return
+    named = {f"{layer}.{name}": tensor for layer, own in layers.items() for name, tensor in own.items()}
+    write_form(folder, form, scaling, named, list(layers), base_model)
 
 
 def read_form(content: Mapping[str, Any]) -> Form:

@@ -5,6 +5,7 @@ the Tucker layer forms ΔW. Every trained tensor is a module of its own that is 
 gathers it there.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -106,13 +107,13 @@ class TensorLayer(nn.Module, LoraLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
+    @abstractmethod
     def build(self) -> dict[str, nn.Module]:
         """A module for every tensor of the form, by the tensor's name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def change(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """What the adapter adds to the layer's output for the input ``x``, scaled."""
-        raise NotImplementedError
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter; s = lora_alpha/r, tensors at step 0 (drawn by torch's global generator)."""

@@ -31,6 +31,7 @@ from harness.data.tokenisation import IGNORED, Row
 from harness.decomposition.plain_svd import plain_svd
 from harness.errors import UserError
 from harness.files import write_bytes, write_json, write_text
+from harness.models.freezing import gradients_of_activations
 from harness.models.loading import load_tokenizer
 from harness.models.targets import describe, place
 from harness.preflight import check_inputs
@@ -255,10 +256,7 @@ def _fisher(
 
 @contextmanager
 def _followed(base: Base, names: Sequence[str]) -> Iterator[Callable[..., None]]:
-    """Inside the block each backward pass tells inputs and output gradients of the layers to the function set last.
-
-    Weights stay frozen: the graph begins at the embeddings' output, and no weight gradient is ever allocated.
-    """
+    """Inside the block each backward pass tells inputs and output gradients of the layers to the function set last."""
     mask = torch.empty(0)
     tell: Callable[[str, torch.Tensor, torch.Tensor], None] = lambda *_: None  # noqa: E731
     seen: set[str] = set()
@@ -278,21 +276,16 @@ def _followed(base: Base, names: Sequence[str]) -> Iterator[Callable[..., None]]
         inputs = inputs.detach()
         output.register_hook(lambda gradient: tell(name, inputs, gradient))
 
-    frozen = [parameter for parameter in base.model.parameters() if parameter.requires_grad]
-    handles = [base.model.get_input_embeddings().register_forward_hook(lambda _, i, output: output.requires_grad_())]
-    handles += [
+    handles = [
         base.modules[name].register_forward_hook(lambda _, i, output, name=name: forward(name, i[0], output))
         for name in names
     ]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
     try:
-        yield batch_of
+        with gradients_of_activations(base.model):
+            yield batch_of
     finally:
         for handle in handles:
             handle.remove()
-        for parameter in frozen:
-            parameter.requires_grad_(True)
 
 
 # -- rows and groups -------------------------------------------------------------------------------------------------

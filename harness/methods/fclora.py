@@ -6,7 +6,7 @@
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,7 +19,8 @@ from harness.config import NonNegativeFloat, PositiveFloat, PositiveInt, Strict
 from harness.data.sampling import seed_for
 from harness.decomposition.components import chosen_components, singular_value_quartile
 from harness.errors import UserError
-from harness.methods.base import AdapterInit, LowRank, Method, Statistics, Update
+from harness.methods.base import AdapterInit, Statistics
+from harness.methods.singular_form import SingularFormMethod
 from harness.models.targets import Layer
 
 if TYPE_CHECKING:
@@ -78,17 +79,12 @@ class FCLoRAOptions(Strict):
         return value
 
 
-class FCLoRA(Method):
+class FCLoRA(SingularFormMethod):
     """SVD-shaped update whose singular values cannot grow beyond those of W₀'s fine-grained components."""
 
     Options = FCLoRAOptions
     summary = "FCLoRA: SVD-shaped update, singular values clipped to a quartile of W's"
     paper = "FCLoRA: low-rank adaptation with fine-grained component injection (under review)"
-    trains_more_than_pair = True
-
-    def ranks(self, layers: Sequence[Layer], findings: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-        """The same rank everywhere."""
-        return {layer.name: self.options.rank for layer in layers}
 
     def initialise(
         self,
@@ -159,16 +155,6 @@ class FCLoRA(Method):
             with gathered(bounds):
                 self._limits = torch.cat([bound.detach().float() for bound in bounds]).tolist()
         clamp_trained(values, 0.0, self._limits)
-
-    def singular_vectors(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """U (out, r) and V (in, r) as trained."""
-        return tensors["lora_B.weight"], tensors["lora_A.weight"].T
-
-    def update(self, tensors: Mapping[str, torch.Tensor], subtracted: LowRank | None) -> Update:
-        """ΔW = U·diag(σ)·Vᵀ: the LoRA of rank r with B = U and A = diag(σ)·Vᵀ."""
-        from harness.adapters.lora import low_rank
-
-        return self.delta(low_rank(tensors, self.scaling()), subtracted)
 
     def _bound(self, layer: Layer, weight: torch.Tensor) -> float:
         """σ̄ in float64."""

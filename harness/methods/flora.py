@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from harness.adapters.tensor_forms import CORE, INPUTS, OUTPUTS, TensorUpdate, Tucker, write_form
+from harness.adapters.tensor_forms import CORE, INPUTS, OUTPUTS, TensorUpdate, Tucker, write_adapter
 from harness.config import PositiveFloat, PositiveInt, Strict
 from harness.data.sampling import seed_for
 from harness.methods.base import AdapterInit, LowRank, Method, Statistics, Update
@@ -99,8 +99,4 @@ class FLoRA(Method):
         base_model: str,
     ) -> None:
         """A plain LoRA; with convolutions among the layers the factors themselves, which no engine serves."""
-        if all(isinstance(update, LowRank) for update in updates.values()):
-            super().write_adapter(folder, tensors, updates, base_model)
-            return
-        named = {f"{layer}.{name}": tensor for layer, own in tensors.items() for name, tensor in own.items()}
-        write_form(folder, self.form, self.scaling(), named, list(tensors), base_model)
+        write_adapter(folder, self.form, self.scaling(), tensors, updates, base_model)

@@ -18,9 +18,10 @@ from harness.adapters.partitioned import gathered
 from harness.config import NonNegativeFloat
 from harness.data.sampling import seed_for
 from harness.errors import UserError
-from harness.methods.base import AdapterInit, LowRank, Statistics, Update
-from harness.methods.lora import LoRA, LoRAOptions
+from harness.methods.base import AdapterInit, Statistics
+from harness.methods.lora import LoRAOptions
 from harness.methods.milora import MiLoRA
+from harness.methods.singular_form import SingularFormMethod
 from harness.models.targets import Layer
 
 if TYPE_CHECKING:
@@ -34,13 +35,12 @@ class KaSAOptions(LoRAOptions):
     gamma: NonNegativeFloat = 1e-3
 
 
-class KaSA(LoRA):
+class KaSA(SingularFormMethod):
     """LoRA with singular values, over a weight without its smallest components."""
 
     Options = KaSAOptions
     summary = "KaSA: W without its smallest components, SVD-shaped update in their place"
     paper = "Wang et al., 2024 (arXiv 2412.06071)"
-    trains_more_than_pair = True
     starts_at_base: ClassVar[bool] = False
 
     def ranks(self, layers: Sequence[Layer], findings: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
@@ -101,13 +101,3 @@ class KaSA(LoRA):
         if self.options.gamma:
             terms.append(self.options.gamma * orthogonality_errors(*self._vectors).sum())
         return torch.stack(terms).sum() if terms else None
-
-    def singular_vectors(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """U (out, r) and V (in, r) as trained."""
-        return tensors["lora_B.weight"], tensors["lora_A.weight"].T
-
-    def update(self, tensors: Mapping[str, torch.Tensor], subtracted: LowRank | None) -> Update:
-        """ΔW = s·B·diag(σ)·A less the removed components: of rank 2r on the original weight."""
-        from harness.adapters.lora import low_rank
-
-        return self.delta(low_rank(tensors, self.scaling()), subtracted)

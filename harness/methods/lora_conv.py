@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from harness.adapters.tensor_forms import INPUTS, OUTPUTS, Reshaped, TensorUpdate, write_form
+from harness.adapters.tensor_forms import INPUTS, OUTPUTS, Reshaped, TensorUpdate, write_adapter
 from harness.data.sampling import seed_for
 from harness.methods.base import AdapterInit, LowRank, Statistics, Update
 from harness.methods.lora import LoRA, LoRAOptions
@@ -80,8 +80,4 @@ class LoRAConv(LoRA):
         base_model: str,
     ) -> None:
         """A plain LoRA; with convolutions among the layers the factors themselves, which no engine serves."""
-        if all(isinstance(update, LowRank) for update in updates.values()):
-            super().write_adapter(folder, tensors, updates, base_model)
-            return
-        named = {f"{layer}.{name}": tensor for layer, own in tensors.items() for name, tensor in own.items()}
-        write_form(folder, self.form, self.scaling(), named, list(tensors), base_model)
+        write_adapter(folder, self.form, self.scaling(), tensors, updates, base_model)

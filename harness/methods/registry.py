@@ -9,7 +9,7 @@ from harness.config import ModelConfig, RunConfig
 from harness.methods.base import Method, StatisticsRequest
 from harness.plugins import find_class, names
 
-_PACKAGE, _GROUP, _HELPERS = "harness.methods", "harness.methods", {"base", "registry"}
+_PACKAGE, _GROUP, _HELPERS = "harness.methods", "harness.methods", {"base", "registry", "singular_form"}
 
 
 def method_class(name: str) -> type[Method]:

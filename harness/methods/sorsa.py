@@ -4,7 +4,7 @@ W = U_p·diag(S_p)·V_pᵀ + W_r: the first part is the adapter, the residual we
 all U and V of ‖UᵀU − I‖_F, ‖VᵀV − I‖_F is added to the loss.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import nn
 from harness.adapters.orthogonality import orthogonality_errors
 from harness.config import NonNegativeFloat, PositiveInt, Strict
 from harness.decomposition.components import chosen_components
-from harness.methods.base import AdapterInit, LowRank, Method, Statistics, Update
+from harness.methods.base import AdapterInit, Statistics
+from harness.methods.singular_form import SingularFormMethod
 from harness.models.targets import Layer
 
 if TYPE_CHECKING:
@@ -27,17 +28,12 @@ class SORSAOptions(Strict):
     gamma: NonNegativeFloat = 4e-4
 
 
-class SORSA(Method):
+class SORSA(SingularFormMethod):
     """PiSSA's components in SVD form, with a penalty that keeps them one."""
 
     Options = SORSAOptions
     summary = "SORSA: largest components of W in SVD form, kept near orthonormal"
     paper = "Cao, 2024 (arXiv 2409.00055)"
-    trains_more_than_pair = True
-
-    def ranks(self, layers: Sequence[Layer], findings: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-        """The same rank everywhere."""
-        return {layer.name: self.options.rank for layer in layers}
 
     def initialise(
         self,
@@ -72,13 +68,3 @@ class SORSA(Method):
         if self.options.gamma == 0:
             return None
         return self.options.gamma * orthogonality_errors(*self._vectors).mean()
-
-    def singular_vectors(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """U (out, r) and V (in, r) as trained."""
-        return tensors["lora_B.weight"], tensors["lora_A.weight"].T
-
-    def update(self, tensors: Mapping[str, torch.Tensor], subtracted: LowRank | None) -> Update:
-        """U·diag(S)·Vᵀ less what it was at step 0: of rank 2r on the original weight."""
-        from harness.adapters.lora import low_rank
-
-        return self.delta(low_rank(tensors, self.scaling()), subtracted)

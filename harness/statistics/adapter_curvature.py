@@ -19,8 +19,7 @@ Padding is masked, rows without a label are not sequences, and the numbers are t
 of ranks. Where B is zero g is zero, and with it every block that A has a part in; those are not collected.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +29,7 @@ from harness.adapters.lora import TRAINED, lora_layers, saved_name
 from harness.data.collation import Batch
 from harness.data.tokenisation import IGNORED
 from harness.errors import UserError
+from harness.models.freezing import gradients_of_activations
 
 FACTORS = ("A00", "G11", "A11", "G22", "A01", "G12")
 
@@ -254,7 +254,7 @@ def _one_pass(
         for side, module in (("A", pair.A), ("B", pair.B))
     ]
     try:
-        with _frozen(model):
+        with gradients_of_activations(model):
             loss = _negative_log_likelihood(model, batch)
             _check(loss, "the loss", number)
             loss.backward()
@@ -262,21 +262,6 @@ def _one_pass(
         for handle in handles:
             handle.remove()
     return int(_has_loss(batch).any(1).sum())
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No weight has a gradient; the graph begins at the embeddings' output."""
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in trained:
-        weight.requires_grad_(False)
-    handle = model.get_input_embeddings().register_forward_hook(lambda _, inputs, output: output.requires_grad_())
-    try:
-        yield
-    finally:
-        handle.remove()
-        for weight in trained:
-            weight.requires_grad_(True)
 
 
 @torch.enable_grad()

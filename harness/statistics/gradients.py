@@ -20,6 +20,7 @@ from harness.data.collation import Batch
 from harness.data.sampling import seed_for
 from harness.data.tokenisation import IGNORED
 from harness.errors import UserError
+from harness.models.freezing import gradients_of_activations
 from harness.statistics.statistic import Kind, Statistic
 
 
@@ -54,27 +55,19 @@ def collect_gradient_statistics(
         covariances beside 22 GB of input covariances.
     """
     collector = _Collector(modules, groups, kinds, next(model.parameters()).device)
-    # Weights stay frozen: the embeddings' output is where the graph begins, so no weight gradient is ever allocated.
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    embedding = model.get_input_embeddings()
-    handles = [embedding.register_forward_hook(lambda _, inputs, output: output.requires_grad_())]
-    handles += [
+    handles = [
         module.register_forward_hook(lambda _, inputs, output, name=name: collector.forward(name, inputs[0], output))
         for name, module in modules.items()
     ]
     training = model.training
     model.eval()
     try:
-        with torch.enable_grad():
+        with gradients_of_activations(model), torch.enable_grad():
             for batch in batches:
                 _one_pass(model, batch, collector, fisher, seed)
     finally:
         for handle in handles:
             handle.remove()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
         model.train(training)
     return collector.result()
 

@@ -1,6 +1,5 @@
 """Covariances the plain way, and the gang that computes them the harness's way."""
 
-import multiprocessing
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from harness.models.targets import target_modules
 from harness.statistics.covariance import collect_input_covariance
 from harness.statistics.statistic import Statistic
 from harness.statistics.store import StatisticsWriter
-from harness.training.distributed import free_port
+from tests.statistics.forked import run_gangs
 
 PAD = 2
 
@@ -77,21 +76,5 @@ def one_rank(number: int, ranks: int, port: int, base: str, folder: Path) -> Non
     torch.distributed.destroy_process_group()
 
 
-def gangs(base: str, folder: str) -> None:
-    """Gangs of 1, 2 and 3 processes, forked before anything was computed here: what this process imported is shared."""
-    context = multiprocessing.get_context("fork")
-    for ranks in (1, 2, 3):
-        port = free_port()
-        processes = [
-            context.Process(target=one_rank, args=(number, ranks, port, base, Path(folder))) for number in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        if any(process.exitcode for process in processes):
-            sys.exit(1)
-
-
 if __name__ == "__main__":
-    gangs(*sys.argv[1:])
+    run_gangs(one_rank, *sys.argv[1:])

@@ -1,6 +1,5 @@
 """Fisher blocks of an adapter's weights the plain way, row by row in float64; and the gang that computes them ours."""
 
-import multiprocessing
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +17,9 @@ from harness.models.loading import load_model
 from harness.models.sharing import input_groups
 from harness.models.targets import target_modules
 from harness.statistics.adapter_curvature import diagonal_fisher, kronecker_factors, linear_pairs
-from harness.training.distributed import free_port
 from tests.statistics.direct import PAD
 from tests.statistics.direct_gradients import labelled_rows, responses
+from tests.statistics.forked import run_gangs
 
 RANK = 3
 SCALING = 1.5
@@ -141,21 +140,5 @@ def one_rank(number: int, ranks: int, port: int, base: str, folder: Path) -> Non
     torch.distributed.destroy_process_group()
 
 
-def gangs(base: str, folder: str) -> None:
-    """Gangs of 1, 2 and 3 processes, forked before anything was computed here: what this process imported is shared."""
-    context = multiprocessing.get_context("fork")
-    for ranks in (1, 2, 3):
-        port = free_port()
-        processes = [
-            context.Process(target=one_rank, args=(number, ranks, port, base, Path(folder))) for number in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        if any(process.exitcode for process in processes):
-            sys.exit(1)
-
-
 if __name__ == "__main__":
-    gangs(*sys.argv[1:])
+    run_gangs(one_rank, *sys.argv[1:])

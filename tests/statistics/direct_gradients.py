@@ -1,6 +1,5 @@
 """K-FAC factors and weight gradients the plain way, and the gang that computes them the harness's way."""
 
-import multiprocessing
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +17,8 @@ from harness.models.targets import target_modules
 from harness.statistics.gradients import collect_gradient_statistics
 from harness.statistics.statistic import KINDS, Kind, Statistic
 from harness.statistics.store import StatisticsWriter
-from harness.training.distributed import free_port
 from tests.statistics.direct import PAD, make_rows
+from tests.statistics.forked import run_gangs
 
 Matrices = dict[str, dict[str, torch.Tensor]]
 Collected = dict[Kind, dict[str, Statistic]]
@@ -124,21 +123,5 @@ def one_rank(number: int, ranks: int, port: int, base: str, folder: Path) -> Non
     torch.distributed.destroy_process_group()
 
 
-def gangs(base: str, folder: str) -> None:
-    """Gangs of 1, 2 and 3 processes, forked before anything was computed here: what this process imported is shared."""
-    context = multiprocessing.get_context("fork")
-    for ranks in (1, 2, 3):
-        port = free_port()
-        processes = [
-            context.Process(target=one_rank, args=(number, ranks, port, base, Path(folder))) for number in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        if any(process.exitcode for process in processes):
-            sys.exit(1)
-
-
 if __name__ == "__main__":
-    gangs(*sys.argv[1:])
+    run_gangs(one_rank, *sys.argv[1:])

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from harness.config import RunConfig
 from harness.plugins import find_class, names
 from harness.training.penalties.base import Needs, Penalty, PenaltySetup
@@ -46,4 +44,4 @@ def prepared_name(number: int, entry: Mapping[str, Any]) -> str:
 
 
 def _bare(entry: dict[str, Any]) -> Penalty:
-    return build_penalty(entry, PenaltySetup([], 0, 0, 0, dict[str, torch.Tensor]()))
+    return build_penalty(entry, PenaltySetup([], 0, 0))

@@ -1,6 +1,6 @@
 """The command line: `harness doctor | run | report | methods | demo`, and a command for each stage.
 
-And `harness analyse spectrum | covariance | truncation | fisher-overlap`.
+And `harness analyse spectrum | covariance | truncation | fisher-overlap`, `harness cache list | verify | prune`.
 """
 
 import sys
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from harness.errors import UserError
+from harness.errors import UserError, mendable
 from harness.gang import quiet_libraries
 
 app = typer.Typer(
@@ -32,6 +32,12 @@ analyse = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(analyse, name="analyse")
+cache = typer.Typer(
+    help="What earlier runs kept for later ones: plain SVDs, statistics, initial adapters. See docs/cache.md.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+app.add_typer(cache, name="cache")
 Layers = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", help="Target layers, or a part of their names (q_proj, layers.3); repeatable."),
@@ -50,8 +56,10 @@ def main() -> None:
     quiet_libraries()
     try:
         app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if (line := mendable(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -71,7 +79,31 @@ def _stage_command(name: str, what: str) -> None:
 
 _stage_command("answers", "Let the original model answer preserve prompts, where something learns from that.")
 _stage_command("calibrate", "Collect the statistics that the method asks for.")
-_stage_command("init", "Decide ranks and adapter tensors at step 0.")
+
+
+@app.command(name="init", epilog="Examples: harness init config.yaml · harness init config.yaml --dry-run")
+def init(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    force: ForceThis = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print owner, memory and time class of every layer; load nothing.")
+    ] = False,
+) -> None:
+    """Decide ranks and adapter tensors at step 0."""
+    if not dry_run:
+        _run(config, overrides, ["init"], "init" if force else None)
+        return
+    from harness.config import load_config
+    from harness.launcher import rank_count
+    from harness.preflight import check
+    from harness.stages.plan import print_plan
+
+    loaded = load_config(config, overrides)
+    check(loaded)
+    print_plan(loaded, rank_count(loaded))
+
+
 _stage_command("prepare", "Compute once what penalties need of the original model and of preserve data.")
 _stage_command("train", "Train, or go on from the newest checkpoint.")
 _stage_command("export", "Write adapter/ (plain LoRA on the original base) and merged/.")
@@ -224,6 +256,42 @@ def demo(
     from harness.demo import demo as run_demo
 
     run_demo(out)
+
+
+@cache.command(name="list", epilog="Examples: harness cache list · harness cache list --entries")
+def cache_list(
+    entries: Annotated[bool, typer.Option("--entries", help="Every entry, with what it is.")] = False,
+) -> None:
+    """Say how much of what is kept, when it was used, and what the limit is."""
+    from harness.cache import Cache
+    from harness.cache_commands import list_entries
+
+    list_entries(Cache(), entries)
+
+
+@cache.command(name="verify", epilog="Example: harness cache verify")
+def cache_verify() -> None:
+    """Read every entry; name and remove what is damaged. Exit code 1 if something was."""
+    from harness.cache import Cache
+    from harness.cache_commands import verify
+
+    raise typer.Exit(verify(Cache()))
+
+
+@cache.command(name="prune", epilog="Examples: harness cache prune --to 10 · harness cache prune --to 0 --kind adapter")
+def cache_prune(
+    to: Annotated[
+        float | None, typer.Option(min=0, metavar="GIB", help="What may stay; by default the limit. 0 removes all.")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Count and remove entries of this kind alone.")
+    ] = None,
+) -> None:
+    """Remove the least recently used entries, and say what was freed."""
+    from harness.cache import Cache
+    from harness.cache_commands import prune
+
+    prune(Cache(), to, kind)
 
 
 def _run(config_file: Path, overrides: list[str] | None, stages: list[str], force: str | None) -> None:

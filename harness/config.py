@@ -115,6 +115,19 @@ class AnchorConfig(Strict):
     final_kl: NonNegativeFloat = 0.0
 
 
+class InitConfig(Strict):
+    """How statistics are collected and layers decomposed; every choice leads to the same numbers, up to rounding.
+
+    `collection`: `resident` holds the whole model and all statistics, `streamed` one decoder block and its statistics;
+    `auto` is resident where that fits. `solver`: how singular vectors are found, see docs/decomposition.md. `cache`: keep plain
+    SVDs, statistics and initial adapters for other runs, and take theirs.
+    """
+
+    collection: Literal["auto", "resident", "streamed"] = "auto"
+    solver: Literal["auto", "gram", "svd", "partial"] = "auto"
+    cache: bool = True
+
+
 class TrainConfig(Strict):
     """Optimisation. `batch_size` is global: over all ranks and accumulation steps."""
 
@@ -164,6 +177,7 @@ class RunConfig(Strict):
     model: ModelConfig
     data: DataConfig
     method: dict[str, Any]
+    init: InitConfig = InitConfig()
     anchor: AnchorConfig | None = None
     penalties: list[dict[str, Any]] = []
     train: TrainConfig = TrainConfig()
@@ -192,6 +206,27 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     Raises:
         UserError: the file is missing or not YAML, a key is unknown, a type or value is wrong.
     """
+    return resolve(read_content(path, overrides), path.parent)
+
+
+def read_content(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """What the YAML file ``path`` says under ``overrides``, as nested dictionaries, not validated.
+
+    Raises:
+        UserError: the file is missing or not YAML, an override is malformed.
+    """
+    content = read_mapping(path)
+    for override in overrides or []:
+        _apply(content, override)
+    return content
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The content of the YAML file ``path``, not yet validated.
+
+    Raises:
+        UserError: the file is missing, not YAML, or no mapping of keys.
+    """
     if not path.is_file():
         raise UserError(f"config: {path}: no such file; give the path of a YAML file (see launch/recipes)")
     try:
@@ -200,9 +235,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
         raise UserError(f"config: {path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"config: {path}: a mapping of keys is expected, got {type(content).__name__}")
-    for override in overrides or []:
-        _apply(content, override)
-    return resolve(content, path.parent)
+    return content
 
 
 def resolve(content: dict[str, Any], folder: Path | None = None) -> RunConfig:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -35,16 +36,36 @@ def read_json(path: Path) -> Any:
 
 def write_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"], metadata: Mapping[str, str] | None = None) -> None:
     """Write ``tensors`` (any device; made contiguous, on the CPU) as one safetensors file, atomically."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _write(path, lambda temporary: save_file(on_cpu, temporary, metadata=dict(metadata or {}) or None))
+
+    def save(temporary: Path) -> None:
+        try:
+            save_file(on_cpu, temporary, metadata=dict(metadata or {}) or None)
+        except SafetensorError as error:
+            if (number := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+    _write(path, save)
 
 
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensor_checksum(tensor: "torch.Tensor") -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes."""
+    import torch
+
+    content = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{content.dtype} {tuple(content.shape)} ".encode())
+    digest.update(content.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def publish_directory(staging: Path, final: Path) -> None:
@@ -74,6 +95,10 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
         write(temporary)
         _fsync(temporary)
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None:  # writing to an open file does not say which
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     _fsync(path.parent)

@@ -4,13 +4,16 @@
 """
 
 import argparse
+import hashlib
 import logging
 import os
 import sys
+import tempfile
+import time
 import warnings
 from pathlib import Path
 
-from harness.errors import UserError
+from harness.errors import mendable
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,10 +40,33 @@ def main(arguments: list[str] | None = None) -> None:
         check(config)
         join_ranks()
         run_stages(config, options.stages.split(","), options.force)
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if (line := mendable(error)) is None:
+            raise
+        print_once(f"error: {line}")
         sys.exit(2)
+
+
+def print_once(line: str) -> None:
+    """Print ``line`` on standard error, unless another rank of this node has just done so.
+
+    A mistake may be seen by all ranks or by one (whose batch holds it), and each ends by itself.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        print(line, file=sys.stderr)
+        return
+    name = hashlib.sha256(f"{os.environ.get('MASTER_PORT')} {line}".encode()).hexdigest()
+    mark = Path(tempfile.gettempdir()) / f"palimpsest-{name}"
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return
+    except OSError:  # nowhere to leave a mark: better twice than never
+        print(line, file=sys.stderr)
+        return
+    print(line, file=sys.stderr, flush=True)
+    time.sleep(1.0)  # long enough for ranks that stopped at the same mistake
+    mark.unlink(missing_ok=True)
 
 
 def quiet_libraries() -> None:

@@ -36,7 +36,7 @@ _READS = {
     "answers": ("model", "data.preserve", "data.answers", "data.max_length", "train.seed"),
     # And the source and kind of the method's statistics.
     "calibrate": ("model", "data.max_length", "method.name", "train.seed"),
-    "init": ("model", "data.preserve", "data.train", "data.max_length", "method", "train.seed"),
+    "init": ("model", "data.preserve", "data.train", "data.max_length", "method", "init.solver", "train.seed"),
     "prepare": (
         *("model", "data", "method", "anchor", "penalties", "train.seed"),
         *("train.epochs", "train.max_steps", "train.batch_size"),  # which rows the run will see

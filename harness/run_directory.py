@@ -73,6 +73,11 @@ class RunDirectory:
         return self.path / "eval" / "results.json"
 
     @property
+    def items(self) -> Path:
+        """What every evaluated model answered, ``<model>.jsonl``, a line for each item."""
+        return self.path / "eval" / "items"
+
+    @property
     def analysis(self) -> Path:
         """Figures and numbers of `harness analyse`; no stage reads them."""
         return self.path / "analysis"
@@ -87,4 +92,4 @@ class RunDirectory:
 
 def cache_directory() -> Path:
     """Where work that outlives one run is kept: ``$PALIMPSEST_CACHE``, else ``~/.cache/palimpsest``."""
-    return Path(os.environ.get("PALIMPSEST_CACHE", Path.home() / ".cache" / "palimpsest")).expanduser()
+    return Path(os.environ.get("PALIMPSEST_CACHE") or Path.home() / ".cache" / "palimpsest").expanduser()

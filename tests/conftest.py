@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # One thread: tests are many small computations, and threads that wait for each other on a busy machine cost minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What tests keep is theirs, and what a user keeps is not for tests.
+_KEPT = tempfile.TemporaryDirectory(prefix="palimpsest-tests-")
+os.environ["PALIMPSEST_CACHE"] = _KEPT.name
 
 
 @pytest.fixture(scope="session")

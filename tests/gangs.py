@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -39,8 +40,12 @@ def start_command(ranks: int, *program: str) -> list[str]:
 
 
 def gang_environment() -> dict[str, str]:
-    """This process's environment with one thread a rank and no accelerator."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    """This process's environment with one thread a rank and no accelerator, and an allocator that keeps nothing large.
+
+    glibc keeps freed blocks of up to 32 MiB for itself, and weights are smaller in tests. Here they go back at once
+    from 64 KiB on, as those of a large model do, so that a rank's resident memory is what it holds.
+    """
+    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 
 class Gang:
@@ -64,12 +69,14 @@ class Gang:
                 start_new_session=True,
             )
 
-    def run(self, arguments: list[str]) -> None:
-        """`harness.gang.main` with ``arguments`` on every rank; fails with their output if it fails."""
+    def run(self, arguments: list[str], function: str = "harness.gang:main") -> None:
+        """``function(arguments)``, named ``module:name``, on every rank; fails with their output if it fails."""
         seen, number, folder = self._output.stat().st_size, self._runs, Path(self._folder.name)
         self._runs += 1
         order = folder / f"{number}.json"
-        order.with_suffix(".part").write_text(json.dumps({"folder": os.getcwd(), "arguments": arguments}))
+        order.with_suffix(".part").write_text(
+            json.dumps({"folder": os.getcwd(), "function": function, "arguments": arguments})
+        )
         order.with_suffix(".part").rename(order)
         done = [folder / f"{number}.done.{rank}" for rank in range(self.ranks)]
         try:
@@ -105,6 +112,16 @@ def run_in_gang(ranks: int, *arguments: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def call_in_gang(ranks: int, function: str, *arguments: str) -> None:
+    """``function(arguments)``, named ``module:name``, on the ranks of a gang; fails with their output if it fails."""
+    gang = _kept.get(ranks) or Gang(ranks)
+    if ranks in KEPT:
+        _kept[ranks] = gang
+    gang.run(list(arguments), function)
+    if ranks not in KEPT:
+        gang.end()
+
+
 def end_gangs() -> None:
     """End the gangs that were kept."""
     for gang in list(_kept.values()):
@@ -116,7 +133,7 @@ def end_gangs() -> None:
 
 def serve(folder: Path) -> None:
     """Run what is asked for in ``folder``, one order after the other, until this process is ended."""
-    from harness.gang import main, quiet_libraries
+    from harness.gang import quiet_libraries
     from harness.training.distributed import SUPERVISOR, join_ranks, rank
 
     quiet_libraries()
@@ -130,7 +147,8 @@ def serve(folder: Path) -> None:
         asked = json.loads(order.read_text())
         with nothing_left_behind():
             os.chdir(asked["folder"])
-            main(asked["arguments"])
+            module, _, name = asked["function"].partition(":")
+            getattr(import_module(module), name)(asked["arguments"])
         (folder / f"{number}.done.{rank()}").touch()
         number += 1
 

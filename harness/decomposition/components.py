@@ -6,7 +6,8 @@ from typing import Literal
 
 import torch
 
-from harness.decomposition.plain_svd import plain_svd
+from harness.decomposition.partial import Solver
+from harness.decomposition.plain_svd import PlainSVD, plain_svd
 
 VALUE_LIMIT = 1e-12  # relative error above which a quartile is taken from the SVD and not from the Gram matrix
 
@@ -18,18 +19,25 @@ class Components:
     U: torch.Tensor
     sigma: torch.Tensor
     V: torch.Tensor
-    solver: Literal["gram", "svd"]
+    solver: Literal["gram", "svd", "partial"]
 
 
-def chosen_components(W: torch.Tensor, chosen: Sequence[int]) -> Components:
+def chosen_components(W: torch.Tensor, chosen: Sequence[int], solver: Solver = "auto") -> Components:
     """The components ``chosen`` of W (out, in), counted from the largest singular value, ascending.
 
-    The vectors of the smaller side come from `plain_svd`, accurate at each component's own cuts; the others are Wᵀu/σ
-    (or Wv/σ), made orthonormal, largest first, so that components of σ = 0 have some vectors, too.
+    The vectors of the smaller side come from `plain_svd`, accurate at each component's own cuts.
     """
     cuts = sorted({cut for index in chosen for cut in (index, index + 1)})
-    decomposition = plain_svd(W, cuts)
-    own = decomposition.vectors[:, list(chosen)]
+    return both_sides(W, plain_svd(W, cuts, solver, "first"), chosen)
+
+
+def both_sides(W: torch.Tensor, decomposition: PlainSVD, columns: Sequence[int]) -> Components:
+    """Both singular vectors of some components of W (out, in) that ``decomposition`` holds.
+
+    The larger side's are Wᵀu/σ (or Wv/σ), made orthonormal, largest first, so that components of σ = 0 have some
+    vectors, too.
+    """
+    own = decomposition.vectors[:, list(columns)]
     projected = (W.double().T if decomposition.side == "left" else W.double()) @ own
     sigma = projected.norm(dim=0)
     other, R = torch.linalg.qr(projected)

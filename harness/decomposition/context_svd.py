@@ -7,7 +7,8 @@ singular vectors.
 
 U and Σ come from a float64 eigendecomposition of the Gram matrix M Mᵀ = U Σ² Uᵀ. For a tall weight (out > in), U spans
 W's column space: with the thin factorisation W = Q R the problem is that of R·C̃, in × in, and U = Q·U_R, so the
-smaller side is always the one decomposed and nothing is divided by a small singular value.
+smaller side is always the one decomposed and nothing is divided by a small singular value. Where the components on
+one side of the cut are enough, the partial solver may find them alone (`harness.decomposition.partial`).
 
 Warning:
     The Gram matrix squares the singular values: its eigenvalues carry an absolute error of about ε·σ₁², and the
@@ -26,34 +27,51 @@ allocation. A sum over all σ/σ₁ does not need the fallback: what the Gram ma
 was below 4e-7 of the sum in the same problems.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-GRAM_ERROR_LIMIT = 5e-5
+from harness.decomposition.partial import (
+    GRAM_ERROR_LIMIT,
+    Needed,
+    PartialEigen,
+    Solver,
+    estimated_gram_error,
+    needed_columns,
+    needed_eigenpairs,
+)
+
 GRAM_VALUE_LIMIT = 1e-4
 REFERENCE_DAMPING, REFERENCE_LIMIT, REFERENCE_DOUBLINGS = 0.01, 0.05, 60
-Solver = Literal["auto", "gram", "svd"]
 
 
 @dataclass(frozen=True)
 class ContextSVD:
-    """``U``: left singular vectors of W·C̃ as columns, (out, R), float64. ``sigma``: singular values, (R,), descending.
+    """The components of W·C̃ that were asked for: all R = min(out, in), those before the cut or those after it.
 
-    R = min(out, in). ``solver`` is the path taken; ``gram_error`` is the estimate that decided it (0 without a cut).
+    ``U``: left singular vectors as columns, (out, k), float64. ``sigma``: singular values, (k,), descending.
+    ``solver`` is the path taken; ``gram_error`` is the estimate that decided it (0 without a cut).
+
+    ``largest``, ``smallest``: of all R singular values; ``beyond_cut``: number cut + 1 of them (the last where there is
+    none). The partial solver knows no ``smallest`` before the cut; its ``largest`` after the cut comes from a small
+    Krylov space and its ``beyond_cut`` before it is a Ritz value: both are for reports.
     """
 
     U: torch.Tensor
     sigma: torch.Tensor
-    solver: Literal["gram", "svd"]
+    solver: Literal["gram", "svd", "partial"]
     gram_error: float
+    largest: float
+    smallest: float | None
+    beyond_cut: float
 
 
 def damped(covariance: torch.Tensor, damping: float) -> torch.Tensor:
     """C̃ = C + ``damping`` · mean(diag C) · I in float64, shape (in, in) (CorDA++, end of §III-B)."""
-    C = covariance.double()
-    return C + damping * C.diagonal().mean() * torch.eye(C.shape[0], dtype=C.dtype, device=C.device)
+    C = covariance.to(torch.float64, copy=True)
+    C.diagonal().add_(damping * C.diagonal().mean())
+    return C
 
 
 def reference_damping(covariance: torch.Tensor) -> float:
@@ -77,18 +95,23 @@ def reference_damping(covariance: torch.Tensor) -> float:
     raise ValueError("covariance: all zero or not finite; no damping makes it invertible")
 
 
-def context_svd(W: torch.Tensor, C_damped: torch.Tensor, cut: int, solver: Solver = "auto") -> ContextSVD:
+def context_svd(
+    W: torch.Tensor, C_damped: torch.Tensor, cut: int, solver: Solver = "auto", needed: Needed = "all"
+) -> ContextSVD:
     """U and Σ of W·C̃ (CorDA++, Eq. 2).
 
     Args:
         W: weight, (out, in), any floating dtype.
         C_damped: damped input covariance, (in, in).
         cut: the caller separates the first ``cut`` components from the rest; accuracy is judged there.
-        solver: ``auto`` takes the Gram matrix and falls back to the SVD where the Gram matrix is not accurate enough.
+        solver: ``auto`` takes the partial solver where it is expected to be faster, else the Gram matrix, and falls
+            back to the SVD where the Gram matrix is not accurate enough. ``partial`` tries the partial solver first.
+        needed: the components to return, ``first``: before the cut, ``rest``: after it. Only then a partial solver
+            can be of use.
     """
     Q, M = _smaller_problem(W, C_damped)
-    U, sigma, used, gram_error = _solve(M, cut, solver)
-    return ContextSVD(U if Q is None else Q @ U, sigma, used, gram_error)
+    found = _solve(M, cut, solver, needed)
+    return found if Q is None else replace(found, U=Q @ found.U)
 
 
 def singular_values(W: torch.Tensor, C_damped: torch.Tensor, solver: Solver = "auto") -> torch.Tensor:
@@ -98,10 +121,11 @@ def singular_values(W: torch.Tensor, C_damped: torch.Tensor, solver: Solver = "a
         W: weight, (out, in), any floating dtype.
         C_damped: damped input covariance, (in, in).
         solver: ``auto`` takes the Gram matrix of the smaller side and falls back to the SVD where the smallest value
-            would be wrong; ``gram`` never falls back, which is enough for sums over the spectrum.
+            would be wrong; ``gram`` never falls back, which is enough for sums over the spectrum. ``partial`` is
+            ``auto`` here, where all values are wanted.
     """
     _, M = _smaller_problem(W, C_damped)
-    if solver in ("auto", "gram"):
+    if solver != "svd":
         squares = torch.linalg.eigvalsh(M @ M.T).flip(-1)
         noise = torch.finfo(squares.dtype).eps * float(squares[0])
         if solver == "gram" or noise <= GRAM_VALUE_LIMIT * float(squares[-1]):
@@ -117,36 +141,55 @@ def _smaller_problem(W: torch.Tensor, C_damped: torch.Tensor) -> tuple[torch.Ten
     return Q, R @ C64
 
 
-def _solve(
-    M: torch.Tensor, cut: int, solver: Solver
-) -> tuple[torch.Tensor, torch.Tensor, Literal["gram", "svd"], float]:
+def _solve(M: torch.Tensor, cut: int, solver: Solver, needed: Needed) -> ContextSVD:
     gram_error = 0.0
-    if solver in ("auto", "gram"):
-        squares, vectors = torch.linalg.eigh(M @ M.T)
+    if solver != "svd":
+        G = M @ M.T
+        found = needed_eigenpairs(G, [cut], needed, solver)
+        if found is not None:
+            return _from_partial(found, needed)
+        squares, vectors = torch.linalg.eigh(G)
         squares, U = squares.flip(-1), vectors.flip(-1)
         gram_error = estimated_gram_error(squares, cut)
         if solver == "gram" or gram_error <= GRAM_ERROR_LIMIT:
-            return U, squares.clamp_min(0).sqrt(), "gram", gram_error
+            return _from_full(U, squares.clamp_min(0).sqrt(), cut, needed, "gram", gram_error)
     U, sigma, _ = torch.linalg.svd(M, full_matrices=False)
-    return U, sigma, "svd", gram_error
+    return _from_full(U, sigma, cut, needed, "svd", gram_error)
 
 
-def estimated_gram_error(squares: torch.Tensor, cut: int) -> float:
-    """Estimated turn of the subspaces on both sides of ``cut``, from the squared singular values (descending)."""
-    if cut <= 0 or cut >= len(squares):
-        return 0.0
-    gap = float(squares[cut - 1] - squares[cut])
-    noise = torch.finfo(squares.dtype).eps * float(squares[0])
-    return noise / gap if gap > 0 else float("inf")
+def _from_partial(found: PartialEigen, needed: Needed) -> ContextSVD:
+    sigma = found.values.clamp_min(0).sqrt()
+    smallest, beyond_cut = (None, found.beyond) if needed == "first" else (float(sigma[-1]), float(found.values[0]))
+    return ContextSVD(
+        found.vectors,
+        sigma,
+        "partial",
+        found.gram_error,
+        max(found.largest, 0.0) ** 0.5,
+        smallest,
+        max(beyond_cut, 0.0) ** 0.5,
+    )
 
 
-def component_factors(W: torch.Tensor, decomposition: ContextSVD, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+def _from_full(
+    U: torch.Tensor, sigma: torch.Tensor, cut: int, needed: Needed, solver: Literal["gram", "svd"], gram_error: float
+) -> ContextSVD:
+    columns = needed_columns(needed, [cut])
+    largest, smallest, beyond_cut = (float(sigma[i]) for i in (0, -1, min(cut, len(sigma) - 1)))
+    return ContextSVD(U[:, columns], sigma[columns], solver, gram_error, largest, smallest, beyond_cut)
+
+
+def component_factors(
+    W: torch.Tensor, decomposition: ContextSVD, columns: slice = slice(None)
+) -> tuple[torch.Tensor, torch.Tensor]:
     """B = U_r Σ_r^½ (out, r) and A = Σ_r^{-½} U_rᵀ W (r, in) of the chosen components, float64 (Eq. 11 and 13).
+
+    ``columns``: of those that ``decomposition`` holds.
 
     B·A = U_r U_rᵀ W holds whatever is put between the factors; a singular value of zero would put 0·∞ there, so the
     split (not the product) uses σ no smaller than machine epsilon times the largest.
     """
     U, sigma = decomposition.U[:, columns], decomposition.sigma[columns]
-    floor = torch.finfo(torch.float64).eps * decomposition.sigma[0].clamp_min(torch.finfo(torch.float64).tiny)
-    root = torch.maximum(sigma, floor).sqrt()
+    floor = torch.finfo(torch.float64).eps * max(decomposition.largest, torch.finfo(torch.float64).tiny)
+    root = sigma.clamp_min(floor).sqrt()
     return U * root, (U.T @ W.double()) / root[:, None]

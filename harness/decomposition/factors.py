@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from harness.decomposition.partial import Solver
 from harness.decomposition.plain_svd import plain_svd
 
 
@@ -68,17 +69,17 @@ def orthogonality_error(U: torch.Tensor, V: torch.Tensor) -> float:
     return error
 
 
-def leading_svd(W: torch.Tensor, rank: int) -> FactoredSVD:
+def leading_svd(W: torch.Tensor, rank: int, solver: Solver = "auto") -> FactoredSVD:
     """The ``rank`` largest singular values of a dense ``W`` (out, in) and their vectors, through `plain_svd`.
 
     The vectors of the larger side are the projections of the smaller side's, divided by their own norms. Values of
     rounding size are left out, as in `factored_svd`.
     """
     rank = min(rank, *W.shape)
-    found = plain_svd(W, rank)
-    rounding = max(W.shape) * torch.finfo(torch.float64).eps * float(found.sigma[0])
+    found = plain_svd(W, rank, solver, "first")
+    rounding = max(W.shape) * torch.finfo(torch.float64).eps * found.largest
     W64 = W.double()
-    own = found.vectors[:, :rank]
+    own = found.vectors
     other = W64.T @ own if found.side == "left" else W64 @ own
     sigma = other.norm(dim=0)  # accurate where the Gram matrix's eigenvalue is not
     kept = sigma > rounding

@@ -57,14 +57,28 @@ class ScoredDirections:
     index: torch.Tensor
 
 
+def full_svd(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U (out, k), σ (k,), Vᵀ (k, in) of W (out, in), k = min(out, in), float64.
+
+    Not through the Gram matrix: its vectors of neighbouring singular values turn into each other, which moves no
+    subspace across a cut but changes the scores of single directions.
+    """
+    U, sigma, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    return U, sigma, Vh
+
+
 def scored_directions(
-    W: torch.Tensor, input_covariance: torch.Tensor, output_gradient_covariance: torch.Tensor
+    W: torch.Tensor,
+    input_covariance: torch.Tensor,
+    output_gradient_covariance: torch.Tensor,
+    svd: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> ScoredDirections:
     """Singular directions of W (out, in) by s_i = σ_i² · v_iᵀ Σ_h v_i · u_iᵀ Σ_δ u_i, descending (Eq. 13–15).
 
-    Of two directions of equal score the one of larger singular value comes first.
+    Of two directions of equal score the one of larger singular value comes first. ``svd``: `full_svd` of W, if it is
+    known already.
     """
-    U, sigma, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    U, sigma, Vh = full_svd(W) if svd is None else svd
     # Covariances have no negative direction; rounding can make one of -1e-17.
     in_inputs = ((Vh @ input_covariance.double()) * Vh).sum(1).clamp_min(0)
     in_gradients = ((output_gradient_covariance.double() @ U) * U).sum(0).clamp_min(0)

@@ -57,6 +57,7 @@ class AdaLoRA(Method):
     """Ranks that change while training, from ``init_r`` everywhere to ``target_r`` on average."""
 
     Options = AdaLoRAOptions
+    decomposes = False
     summary = "AdaLoRA: SVD-shaped update whose ranks move to where the loss is sensitive"
     paper = "Zhang et al., 2023 (arXiv 2303.10512)"
     trains_more_than_pair = True

@@ -6,7 +6,7 @@ optimiser step, and the exact weight update at the end.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
@@ -14,12 +14,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 import torch
 from torch import nn
 
+from harness.cache import Cache
 from harness.config import ModelConfig, Strict
+from harness.decomposition.partial import Needed, Solver
+from harness.decomposition.plain_svd import PlainSVD, plain_svd
+from harness.files import tensor_checksum
 from harness.models.targets import Layer
 from harness.statistics.statistic import Kind, Statistic
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+PLAIN_SVD_FORMULA = 1  # counted up where what is kept of plain decompositions comes out differently
+SOLVERS: tuple[Literal["gram", "svd", "partial"], ...] = ("gram", "svd", "partial")
 
 
 @dataclass(frozen=True)
@@ -140,12 +147,19 @@ class Method:
     trains_more_than_pair: ClassVar[bool] = False  # True: its adapter trains more than the A and B of linear layers
     adapts_convolutions: ClassVar[bool] = False  # True: `model.target_modules` may name convolutions
     starts_at_base: ClassVar[bool] = True  # False: step 0 computes something else than the base (KaSA truncates it)
+    decomposes: ClassVar[bool] = True  # False: `initialise` draws tensors and computes no singular vectors
 
     def __init__(self, options: Any, seed: int = 0, model: ModelConfig | None = None) -> None:
-        """``model``: how the base is stored (dtype, quantisation); given where tensors are initialised."""
+        """``model``: how the base is stored (dtype, quantisation); given where tensors are initialised.
+
+        There ``solver`` (`init.solver`) and ``cache`` are set besides: how `plain_svd` and its kin find singular
+        vectors, and where plain decompositions of base weights are kept.
+        """
         self.options = options
         self.seed = seed
         self.model = model
+        self.solver: Solver = "auto"
+        self.cache: Cache | None = None
 
     def statistics(self) -> StatisticsRequest | None:
         """What to collect before initialisation; None where the method looks at no data."""
@@ -196,6 +210,56 @@ class Method:
     ) -> AdapterInit:
         """Adapter tensors of one layer at step 0 from its base ``weight`` (out, in) and what `examine` found."""
         raise TypeError(f"{type(self).__name__} has no adapter to initialise")
+
+    def plain_svd(self, weight: torch.Tensor, cuts: int | Sequence[int], needed: Needed = "all") -> PlainSVD:
+        """`harness.decomposition.plain_svd` of a base weight (out, in), by ``solver``; once for all runs on this base.
+
+        Only for weights of the base: what a task decides (gradients, covariances) is another one every time.
+        """
+        cuts = [cuts] if isinstance(cuts, int) else sorted(cuts)
+
+        def computed() -> dict[str, torch.Tensor]:
+            found = plain_svd(weight, cuts, self.solver, needed)
+            facts = [SOLVERS.index(found.solver), found.gram_error, found.largest]
+            return {
+                "vectors": found.vectors,
+                "sigma": found.sigma,
+                "facts": torch.tensor(facts, dtype=torch.float64),
+            }
+
+        kept = self.kept(weight, {"values": "one side", "cuts": cuts, "needed": needed}, computed)
+        solver, gram_error, largest = kept["facts"].tolist()
+        side: Literal["left", "right"] = "left" if weight.shape[0] <= weight.shape[1] else "right"
+        return PlainSVD(kept["vectors"], side, kept["sigma"], SOLVERS[int(solver)], gram_error, largest)
+
+    def kept(
+        self, weight: torch.Tensor, asked: Mapping[str, Any], compute: Callable[[], dict[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        """What ``compute`` finds from a base ``weight`` (out, in) and nothing else; from ``cache`` where it is there.
+
+        ``asked``: plain values that say which part of its decomposition that is. To the last bit the same tensors with
+        a cache, full or empty, and without one: what is computed is laid out in memory as what is read, since products
+        are rounded differently by layout.
+        """
+
+        def computed() -> dict[str, torch.Tensor]:
+            return {name: tensor.contiguous() for name, tensor in compute().items()}
+
+        if self.cache is None:
+            return computed()
+        content = {
+            "weight": tensor_checksum(weight),
+            "device": weight.device.type,  # whose rounding differs
+            "solver": self.solver,
+            "formula": PLAIN_SVD_FORMULA,
+            **asked,
+        }
+        found = self.cache.get("plain-svd", content)
+        if found is None:
+            found = computed()
+            self.cache.put("plain-svd", content, found)
+            return found
+        return {name: tensor.to(weight.device, copy=True) for name, tensor in found.items()}
 
     def scaling(self) -> float:
         """The factor s of ΔW = s·B·A, the same for every layer whatever its rank."""

@@ -19,6 +19,7 @@ import torch
 from harness.config import PositiveFloat, PositiveInt, Strict
 from harness.decomposition.compactness import log_compactness, selection_score
 from harness.decomposition.context_svd import (
+    Solver,
     component_factors,
     context_svd,
     damped,
@@ -77,7 +78,8 @@ class CorDA(Method):
             dampings.append(self._damping(C))
             C_damped = damped(C, dampings[-1])
             log_pis.append(log_compactness(C_damped, layer.out_features))
-            scores.append(selection_score(singular_values(weight, C_damped, "gram"), log_pis[-1]))
+            solver: Solver = "svd" if self.solver == "svd" else "gram"  # enough for a sum over all values
+            scores.append(selection_score(singular_values(weight, C_damped, solver), log_pis[-1]))
         chosen = scores.index(min(scores))
         finding = {
             "round": chosen,
@@ -88,7 +90,7 @@ class CorDA(Method):
         }
         if self.options.dynamic_rank:
             C = self._covariance(layer, statistics, chosen).matrix.to(weight.device)
-            finding[SPECTRUM] = singular_values(weight, damped(C, dampings[chosen])).tolist()
+            finding[SPECTRUM] = singular_values(weight, damped(C, dampings[chosen]), self.solver).tolist()
         return finding
 
     def ranks(self, layers: Sequence[Layer], findings: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
@@ -145,18 +147,18 @@ class CorDA(Method):
         components = min(layer.out_features, layer.in_features)
         kpm = self.options.mode == "kpm"
         cut = components - rank if kpm else rank
-        decomposition = context_svd(weight, damped(C, damping), cut)
-        B, A = component_factors(weight, decomposition, slice(cut, components) if kpm else slice(0, cut))
-        sigma = decomposition.sigma
+        decomposition = context_svd(weight, damped(C, damping), cut, self.solver, "rest" if kpm else "first")
+        B, A = component_factors(weight, decomposition)
         report = {
             "damping": damping,
             "covariance_tokens": covariance.tokens,
             "solver": decomposition.solver,
             "gram_error_estimate": decomposition.gram_error,
-            "singular_value_max": float(sigma[0]),
-            "singular_value_min": float(sigma[-1]),
-            "singular_value_at_cut": float(sigma[min(cut, components - 1)]),
+            "singular_value_max": decomposition.largest,
+            "singular_value_at_cut": decomposition.beyond_cut,
         }
+        if decomposition.smallest is not None:
+            report["singular_value_min"] = decomposition.smallest
         return moved_block(weight, B, A, self.scaling(), report)
 
     def _covariance(self, layer: Layer, statistics: Statistics | None, number: int) -> Statistic:

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
+from harness.decomposition.partial import leading_eigenvectors
 from harness.decomposition.plain_svd import oriented
 from harness.methods.base import AdapterInit, Statistics, StatisticsRequest
 from harness.methods.lora import LoRA, LoRAOptions
@@ -32,6 +33,7 @@ class EVA(LoRA):
     """α/r is ``alpha / rank`` in every layer, whatever rank it gets."""
 
     Options = EVAOptions
+    decomposes = True
     summary = "EVA: A from the main directions of the task's inputs, ranks by explained variance"
     paper = "Paischer et al., 2024 (arXiv 2410.07170)"
 
@@ -75,8 +77,8 @@ class EVA(LoRA):
         """The top ``rank`` eigenvectors of the input covariance as rows of A, (rank, in); B = 0."""
         assert statistics is not None, "EVA asks for statistics; the pipeline collects them"
         covariance = statistics.input_covariance(layer.name)
-        _, vectors = torch.linalg.eigh(covariance.matrix.to(weight.device).double())
-        A = oriented(vectors.flip(-1)[:, :rank]).T.float().cpu()
+        vectors = leading_eigenvectors(covariance.matrix.to(weight.device).double(), rank, self.solver)
+        A = oriented(vectors).T.float().cpu()
         explained = sum(finding["explained_variance"][:rank])
         report = {"covariance_tokens": covariance.tokens, "explained_variance_total": explained}
         return AdapterInit(A, torch.zeros(layer.out_features, rank), residual=False, report=report)

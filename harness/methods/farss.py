@@ -19,6 +19,7 @@ from harness.config import ModelConfig, PositiveFloat, PositiveInt, Strict
 from harness.decomposition.fisher import (
     ScoredDirections,
     direction_factors,
+    full_svd,
     importance,
     inverse_ranks,
     scored_directions,
@@ -190,7 +191,14 @@ class FARSS(Method):
         """The scored directions of ``weight``. The newest are kept: each candidate boundary asks for them in turn."""
         if not self._newest or self._newest[0][0] is not weight or self._newest[0][1] is not statistics:
             self._newest.clear()
-            directions = scored_directions(weight, *_kfac_factors(layer, weight, statistics))
+            svd = self.kept(
+                weight,
+                {"values": "all"},
+                lambda: dict(zip(("U", "sigma", "Vh"), full_svd(weight), strict=True)),
+            )
+            directions = scored_directions(
+                weight, *_kfac_factors(layer, weight, statistics), svd=(svd["U"], svd["sigma"], svd["Vh"])
+            )
             self._newest.append((weight, statistics, directions))
         return self._newest[0][2]
 

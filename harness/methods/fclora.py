@@ -6,7 +6,7 @@
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,9 +17,9 @@ from harness.adapters.orthogonality import orthogonality_errors, orthonormalise
 from harness.adapters.partitioned import clamp_trained, gathered
 from harness.config import NonNegativeFloat, PositiveFloat, PositiveInt, Strict
 from harness.data.sampling import seed_for
-from harness.decomposition.components import chosen_components, singular_value_quartile
+from harness.decomposition.components import Components, chosen_components, singular_value_quartile
 from harness.errors import UserError
-from harness.methods.base import AdapterInit, Statistics
+from harness.methods.base import SOLVERS, AdapterInit, Statistics
 from harness.methods.singular_form import SingularFormMethod
 from harness.models.targets import Layer
 
@@ -83,6 +83,7 @@ class FCLoRA(SingularFormMethod):
     """SVD-shaped update whose singular values cannot grow beyond those of W₀'s fine-grained components."""
 
     Options = FCLoRAOptions
+    decomposes = True
     summary = "FCLoRA: SVD-shaped update, singular values clipped to a quartile of W's"
     paper = "FCLoRA: low-rank adaptation with fine-grained component injection (under review)"
 
@@ -119,7 +120,7 @@ class FCLoRA(SingularFormMethod):
             B = torch.zeros(layer.out_features, rank)
         else:
             chosen = sorted(torch.randperm(min(weight.shape), generator=generator)[:rank].tolist())
-            components = chosen_components(weight, chosen)
+            components = self._components(weight, chosen)
             report |= {"components": chosen, "solver": components.solver}
             A, B = components.V.T.float().cpu().contiguous(), components.U.float().cpu().contiguous()
         return AdapterInit(A, B, residual=False, report=report, extra=extra)
@@ -156,12 +157,29 @@ class FCLoRA(SingularFormMethod):
                 self._limits = torch.cat([bound.detach().float() for bound in bounds]).tolist()
         clamp_trained(values, 0.0, self._limits)
 
+    def _components(self, weight: torch.Tensor, chosen: Sequence[int]) -> Components:
+        """These components alone: a cached entry need not hold the others."""
+
+        def computed() -> dict[str, torch.Tensor]:
+            found = chosen_components(weight, chosen, self.solver)
+            solver = torch.tensor([SOLVERS.index(found.solver)])
+            return {"U": found.U, "sigma": found.sigma, "V": found.V, "solver": solver}
+
+        kept = self.kept(weight, {"values": "components", "chosen": list(chosen)}, computed)
+        return Components(kept["U"], kept["sigma"], kept["V"], SOLVERS[int(kept["solver"])])
+
     def _bound(self, layer: Layer, weight: torch.Tensor) -> float:
         """σ̄ in float64."""
         if self.options.bound is not None:
             return self.options.bound
         quartile = self.options.quartile or DEFAULT_QUARTILE
-        value = singular_value_quartile(weight, quartile)
+        value = float(
+            self.kept(
+                weight,
+                {"values": "quartile", "quartile": quartile},
+                lambda: {"value": torch.tensor([singular_value_quartile(weight, quartile)], dtype=torch.float64)},
+            )["value"]
+        )
         if value <= torch.finfo(torch.float64).eps * float(weight.double().norm()):
             raise UserError(
                 f"method.quartile: {quartile} given; it is 0 in layer {layer.name}, whose update would be nothing; "

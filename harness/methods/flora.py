@@ -35,6 +35,7 @@ class FLoRA(Method):
     """A Tucker form of the update, for linear layers and convolutions."""
 
     Options = FLoRAOptions
+    decomposes = False
     summary = "FLoRA: a core and a factor for each mode, for linear layers and convolutions"
     paper = "Si et al., 2024 (arXiv 2405.14739)"
     trains_more_than_pair = True

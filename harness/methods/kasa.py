@@ -39,6 +39,7 @@ class KaSA(SingularFormMethod):
     """LoRA with singular values, over a weight without its smallest components."""
 
     Options = KaSAOptions
+    decomposes = True
     summary = "KaSA: W without its smallest components, SVD-shaped update in their place"
     paper = "Wang et al., 2024 (arXiv 2412.06071)"
     starts_at_base: ClassVar[bool] = False
@@ -71,7 +72,9 @@ class KaSA(SingularFormMethod):
         ``share_of_weight`` in the report is the share of the weight's norm that is removed.
         """
         start = super().initialise(layer, weight, rank, statistics, finding)
-        minor = MiLoRA(self.options, self.seed).initialise(layer, weight, rank, statistics, finding)
+        milora = MiLoRA(self.options, self.seed)
+        milora.solver, milora.cache = self.solver, self.cache
+        minor = milora.initialise(layer, weight, rank, statistics, finding)
         generator = torch.Generator().manual_seed(seed_for("kasa", self.seed, layer.name))
         return AdapterInit(
             start.A,

@@ -32,6 +32,7 @@ class LoftQ(LoRA):
     """LoRA's options and ``iterations``; needs `model.quantization: nf4`."""
 
     Options = LoftQOptions
+    decomposes = True
     summary = "LoftQ: adapter and NF4 base chosen together to be near W"
     paper = "Li et al., 2023 (arXiv 2310.08659)"
     needs_quantised_base = True
@@ -59,7 +60,7 @@ class LoftQ(LoRA):
             subtracted = (B, A)
             frozen = nf4_values(residual_weight(weight, LowRank(B, A, scaling), dtype), double).double()
             missing = W - frozen
-            B64, A64 = balanced_factors(missing, plain_svd(missing, rank), slice(0, rank))
+            B64, A64 = balanced_factors(missing, plain_svd(missing, rank, self.solver, "first"))
             B, A = (B64 * split).float(), (A64 * split).float()
             left = missing - LowRank(B, A, scaling).dense().double()
             errors.append(float(left.norm() / W.norm().clamp_min(1e-300)))

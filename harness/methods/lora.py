@@ -23,6 +23,7 @@ class LoRA(Method):
     """Plain LoRA: the baseline that everything is compared with."""
 
     Options = LoRAOptions
+    decomposes = False
     summary = "LoRA: low-rank update, random A, zero B"
     paper = "Hu et al., 2022 (arXiv 2106.09685)"
 

@@ -16,6 +16,7 @@ import torch
 
 from harness.config import PositiveInt
 from harness.data.sampling import seed_for
+from harness.decomposition.partial import Solver
 from harness.decomposition.plain_svd import plain_svd
 from harness.errors import UserError
 from harness.methods.base import AdapterInit, Statistics, StatisticsRequest
@@ -41,6 +42,7 @@ class LoRAGA(LoRA):
     """LoRA-GA with the gradient averaged over response tokens."""
 
     Options = LoRAGAOptions
+    decomposes = True
     summary = "LoRA-GA: A and B from the singular vectors of the task's gradient"
     paper = "Wang et al., 2024 (arXiv 2407.05000)"
 
@@ -97,7 +99,7 @@ class LoRAGA(LoRA):
     def _from_paper(
         self, weight: torch.Tensor, G: torch.Tensor, rank: int, seed: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        U, V = _leading_vectors(G, rank)
+        U, V = _leading_vectors(G, rank, self.solver)
         for_A, for_B = self._components(rank, seed)
         size = self._size(weight, rank)
         return (size * U[:, for_B]).float(), (size * V[:, for_A].T).float()
@@ -122,7 +124,7 @@ class LoRAGA(LoRA):
             case "stable":
                 return weight.shape[0] ** 0.25 / self.options.stable_gamma**0.5
             case "weight_svd":
-                sigma = plain_svd(weight, rank).sigma[:rank]
+                sigma = self.plain_svd(weight, rank, "first").sigma
                 return float((sigma / self.scaling()).sqrt().mean())
             case "gd_scale":
                 return 1 / self.scaling()
@@ -145,13 +147,13 @@ class LoRAGA(LoRA):
             )
 
 
-def _leading_vectors(G: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _leading_vectors(G: torch.Tensor, rank: int, solver: Solver) -> tuple[torch.Tensor, torch.Tensor]:
     """The first 2·rank left and right singular vectors of ``G`` (out, in) as columns, float64.
 
     Beyond the gradient's rank singular vectors are anyone's choice; there both are zero.
     """
-    decomposition = plain_svd(G, (rank, 2 * rank))
-    own = decomposition.vectors[:, : 2 * rank]
+    decomposition = plain_svd(G, (rank, 2 * rank), solver, "first")
+    own = decomposition.vectors
     other = (G.double().T if decomposition.side == "left" else G.double()) @ own
     norms = other.norm(dim=0)
     inside = norms > torch.finfo(torch.float32).eps * norms.max()

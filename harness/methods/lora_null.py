@@ -39,6 +39,7 @@ class LoRANull(LoRA):
     """LoRA-Null v1, or v2 with ``freeze_a``."""
 
     Options = LoRANullOptions
+    decomposes = True
     summary = "LoRA-Null: adapter in the null space of the inputs to preserve"
     paper = "Tang et al., 2025 (arXiv 2503.02659)"
 
@@ -69,8 +70,8 @@ class LoRANull(LoRA):
         covariance = statistics.input_covariance(layer.name)
         space = null_space(covariance.matrix.to(weight.device), directions)
         acting = weight.double() @ space.basis  # (out, k): W·N·Nᵀ has the SVD of W·N, with N·V for V
-        decomposition = plain_svd(acting, rank)
-        B, A = balanced_factors(acting, decomposition, slice(0, rank))
+        decomposition = plain_svd(acting, rank, self.solver, "first")
+        B, A = balanced_factors(acting, decomposition)
         A = A @ space.basis.T
         sign = signs(A.T)  # the basis may be turned by rounding: only in the channels' own coordinates is it fixed
         report = {
@@ -78,8 +79,8 @@ class LoRANull(LoRA):
             "null_directions_exact": space.exact,
             "null_energy": space.energy,
             "covariance_tokens": covariance.tokens,
-            "singular_value_max": float(decomposition.sigma[0]),
-            "singular_value_at_cut": float(decomposition.sigma[rank - 1]),
+            "singular_value_max": decomposition.largest,
+            "singular_value_at_cut": float(decomposition.sigma[-1]),
         }
         return moved_block(weight, B * sign, A * sign[:, None], self.scaling(), report)
 

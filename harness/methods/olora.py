@@ -17,6 +17,7 @@ from harness.models.targets import Layer
 class OLoRA(LoRA):
     """LoRA's options. α does not change B₀ and A₀: with α ≠ r the block taken out of the weight is s·Q_r R_r."""
 
+    decomposes = True
     summary = "OLoRA: orthonormal B and triangular A from the QR of W"
     paper = "Büyükakyüz, 2024 (arXiv 2406.01775)"
 

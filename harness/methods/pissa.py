@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from harness.decomposition.plain_svd import balanced_factors, plain_svd
+from harness.decomposition.plain_svd import balanced_factors
 from harness.methods.base import AdapterInit, Statistics, moved_block
 from harness.methods.lora import LoRA
 from harness.models.targets import Layer
@@ -18,6 +18,7 @@ from harness.models.targets import Layer
 class PiSSA(LoRA):
     """LoRA's options; float64 inside, fp32 out."""
 
+    decomposes = True
     summary = "PiSSA: adapter from the largest singular components of W"
     paper = "Meng et al., 2024 (arXiv 2404.02948)"
     largest: ClassVar[bool] = True
@@ -33,12 +34,12 @@ class PiSSA(LoRA):
         """B₀ and A₀ from r of the min(out, in) components of ``weight`` (out, in), at the end that the method takes."""
         components = min(weight.shape)
         cut = rank if self.largest else components - rank
-        decomposition = plain_svd(weight, cut)
-        B, A = balanced_factors(weight, decomposition, slice(0, cut) if self.largest else slice(cut, components))
+        decomposition = self.plain_svd(weight, cut, "first" if self.largest else "rest")
+        B, A = balanced_factors(weight, decomposition)
         report = {
             "solver": decomposition.solver,
             "gram_error_estimate": decomposition.gram_error,
-            "singular_value_max": float(decomposition.sigma[0]),
-            "singular_value_at_cut": float(decomposition.sigma[cut - 1 if self.largest else cut]),
+            "singular_value_max": decomposition.largest,
+            "singular_value_at_cut": float(decomposition.sigma[-1 if self.largest else 0]),
         }
         return moved_block(weight, B, A, self.scaling(), report)

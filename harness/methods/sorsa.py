@@ -12,7 +12,7 @@ from torch import nn
 
 from harness.adapters.orthogonality import orthogonality_errors
 from harness.config import NonNegativeFloat, PositiveInt, Strict
-from harness.decomposition.components import chosen_components
+from harness.decomposition.components import both_sides
 from harness.methods.base import AdapterInit, Statistics
 from harness.methods.singular_form import SingularFormMethod
 from harness.models.targets import Layer
@@ -32,6 +32,7 @@ class SORSA(SingularFormMethod):
     """PiSSA's components in SVD form, with a penalty that keeps them one."""
 
     Options = SORSAOptions
+    decomposes = True
     summary = "SORSA: largest components of W in SVD form, kept near orthonormal"
     paper = "Cao, 2024 (arXiv 2409.00055)"
 
@@ -44,7 +45,7 @@ class SORSA(SingularFormMethod):
         finding: Mapping[str, Any],
     ) -> AdapterInit:
         """U_p, S_p and V_pᵀ of ``weight`` (out, in), which becomes the residual weight."""
-        components = chosen_components(weight, range(rank))
+        components = both_sides(weight, self.plain_svd(weight, rank, "first"), range(rank))
         U, S, Vt = (t.float().cpu().contiguous() for t in (components.U, components.sigma, components.V.T))
         report = {
             "solver": components.solver,

@@ -51,7 +51,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def whole_weights() -> Iterator[None]:
-    """Inside the block models load whole on every rank, even under ZeRO-3: what is quantised must be whole first."""
+    """Inside the block models are built and loaded whole on every rank, even under an active ZeRO-3 configuration."""
     from transformers.integrations import deepspeed
 
     reference = deepspeed._hf_deepspeed_config_weak_ref

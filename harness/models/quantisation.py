@@ -53,41 +53,51 @@ def misread_on_cpu(layers: Sequence[Layer], device: torch.device) -> list[str]:
 def quantise_linears(
     model: nn.Module, subtracted: Mapping[str, "LowRank"], dtype: torch.dtype, double: bool, device: torch.device
 ) -> None:
-    """Replace every linear layer but the output embedding by an NF4 layer holding its residual weight, one at a time.
+    """Put an NF4 layer holding its residual weight in the place of every linear layer but the output embedding."""
+    for name, linear in target_modules(model, "all-linear").items():
+        weight = residual_weight(linear.weight.detach().to(device), subtracted.get(name), dtype)
+        replace_module(model, name, quantised_layer(linear, weight, dtype, double))
+    model.is_loaded_in_4bit = True  # what PEFT and transformers look at
 
-    Packed weights are stored as ``dtype``, so that ZeRO-3 partitions them like any other parameter.
+
+@torch.no_grad()
+def quantised_layer(linear: nn.Linear, weight: torch.Tensor, dtype: torch.dtype, double: bool) -> nn.Module:
+    """An NF4 layer in place of ``linear`` that holds ``weight`` (out, in), quantised on the device where that lies.
+
+    It keeps the bias, and stores the packed weight as ``dtype``, so that ZeRO-3 partitions it like any other parameter.
     """
     import bitsandbytes as bnb
 
-    for name, linear in target_modules(model, "all-linear").items():
-        layer = bnb.nn.Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            compute_dtype=dtype,
-            compress_statistics=double,
-            quant_type="nf4",
-            quant_storage=dtype,
-            device="meta",
-        )
-        weight = residual_weight(linear.weight.detach().to(device), subtracted.get(name), dtype)
-        layer.weight = bnb.nn.Params4bit(
-            weight,
-            requires_grad=False,
-            blocksize=BLOCK,
-            compress_statistics=double,
-            quant_type="nf4",
-            quant_storage=dtype,
-            module=layer,
-        ).to(device)
-        layer.bias = linear.bias
-        # bitsandbytes' fast path for CPUs repacks the weight in place and computes in bf16 outside training: that
-        # would change what the anchor compares with, and break ZeRO-3's partitions.
-        layer.support_avx512bf16_for_cpu = False
-        layer.train(linear.training)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
-    model.is_loaded_in_4bit = True  # what PEFT and transformers look at
+    layer = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=double,
+        quant_type="nf4",
+        quant_storage=dtype,
+        device="meta",
+    )
+    layer.weight = bnb.nn.Params4bit(
+        weight,
+        requires_grad=False,
+        blocksize=BLOCK,
+        compress_statistics=double,
+        quant_type="nf4",
+        quant_storage=dtype,
+        module=layer,
+    ).to(weight.device)
+    layer.bias = linear.bias
+    # bitsandbytes' fast path for CPUs repacks the weight in place and computes in bf16 outside training: that would
+    # change what the anchor compares with, and break ZeRO-3's partitions.
+    layer.support_avx512bf16_for_cpu = False
+    return layer.train(linear.training)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the submodule of that dotted name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def quantisation_errors(

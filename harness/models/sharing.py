@@ -1,5 +1,6 @@
 """Groups of layers that read the same input: one statistic serves them all (q, k, v; gate, up)."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -7,13 +8,16 @@ from torch import nn
 
 
 @torch.no_grad()
-def input_groups(model: nn.Module, modules: dict[str, nn.Linear], probe: dict[str, Any]) -> dict[str, str]:
+def input_groups(
+    model: Callable[..., Any], modules: Mapping[str, nn.Linear], probe: Mapping[str, Any]
+) -> dict[str, str]:
     """Map each target layer to the first target layer that read the very same tensor.
 
     Sharing is seen, not guessed from names: one forward pass over ``probe`` (a few tokens) records which tensor
     object each layer receives; all inputs of that pass are kept alive, so no two can have the same identity.
 
     Args:
+        model: the model, or anything that runs ``modules`` when it is called.
         modules: target layers by name.
         probe: keyword arguments of the model's forward for one short row.
 

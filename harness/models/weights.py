@@ -8,7 +8,6 @@ Warning:
     (experts of a mixture). What is not found in the files makes `BaseWeights` load the model whole, once, and say so.
 """
 
-import hashlib
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from harness.config import ModelConfig
 from harness.console import say
 from harness.errors import UserError
+from harness.files import tensor_checksum
 from harness.models.loading import load_model, whole_weights
 
 
@@ -43,7 +43,10 @@ def empty_model(config: ModelConfig) -> PreTrainedModel:
 
 
 class BaseWeights:
-    """Reads weights of the base model; files stay open, tensors are mapped from disk and not kept."""
+    """Reads weights of the base model, mapped from disk and not kept.
+
+    A file is opened for every read: what one mapping has touched counts as this process's memory until it is closed.
+    """
 
     def __init__(self, config: ModelConfig, model: PreTrainedModel) -> None:
         """``model``: the same model, with or without weights; it says how parameters are called and tied.
@@ -54,23 +57,42 @@ class BaseWeights:
         self._config = config
         self._dtype = getattr(torch, config.dtype)
         self._model = model
-        self._files: dict[str, safe_open] = {}
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, torch.Size] = {}
         folder = model_folder(config.path)
         for file in sorted(folder.glob("*.safetensors")):
             try:
-                opened = safe_open(file, framework="pt")
+                with safe_open(file, framework="pt") as opened:
+                    keys = opened.keys()
+                    self._shapes |= {key: torch.Size(opened.get_slice(key).get_shape()) for key in keys}
+                    self._files |= dict.fromkeys(keys, file)
             except Exception as error:  # safetensors has its own exception type, not exported
                 raise UserError(f"model.path: {file} is damaged: {error}") from error
-            self._files |= dict.fromkeys(opened.keys(), opened)
         if not self._files:
             raise UserError(f"model.path: {config.path} has no safetensors weights; save it with save_pretrained")
+
+    @cached_property
+    def complete(self) -> bool:
+        """Whether every weight of the model is a parameter that `read` finds in the files, as transformers loads it.
+
+        Else something is stored under another name, or is a buffer that the files hold, or keeps a dtype of its own.
+        """
+        model = self._model
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        own_dtype = bool(model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict)
+        return (
+            all(self._key(name) is not None for name in parameters)
+            and model.state_dict().keys() <= parameters
+            and (self._dtype == torch.float32 or not own_dtype)
+        )
 
     def read(self, parameter: str) -> torch.Tensor:
         """The parameter of that dotted name (``model.layers.0.mlp.up_proj.weight``), in ``model.dtype``, on the CPU."""
         key = self._key(parameter)
         if key is None:
             return self._whole[parameter]
-        return self._files[key].get_tensor(key).to(self._dtype)
+        with safe_open(self._files[key], framework="pt") as opened:
+            return opened.get_tensor(key).to(self._dtype)
 
     def checksum(self, parameter: str) -> str:
         """SHA-256 of the parameter's dtype, shape and bytes as `read` gives it."""
@@ -80,7 +102,7 @@ class BaseWeights:
         """The name under which the files have the parameter; None where they have none for it."""
         prefix = f"{self._model.base_model_prefix}."
         for name in (parameter, parameter.removeprefix(prefix), prefix + parameter, *self._tied(parameter)):
-            if name in self._files and self._shape(name) == self._model.get_parameter(parameter).shape:
+            if name in self._files and self._shapes[name] == self._model.get_parameter(parameter).shape:
                 return name
         return None
 
@@ -88,9 +110,6 @@ class BaseWeights:
         """Other names of the very same parameter (an output embedding that is the input embedding)."""
         own = self._model.get_parameter(parameter)
         return [n for n, p in self._model.named_parameters(remove_duplicate=False) if p is own and n != parameter]
-
-    def _shape(self, key: str) -> torch.Size:
-        return torch.Size(self._files[key].get_slice(key).get_shape())
 
     @cached_property
     def _whole(self) -> dict[str, torch.Tensor]:
@@ -123,14 +142,6 @@ def _replace(module: nn.Module, value: Callable[[str, nn.Parameter], torch.Tenso
             new[old] = nn.Parameter(value(name, old), requires_grad=False)
         owner, _, child = name.rpartition(".")
         setattr(module.get_submodule(owner), child, new[old])
-
-
-def tensor_checksum(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and bytes."""
-    content = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{content.dtype} {tuple(content.shape)} ".encode())
-    digest.update(content.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def model_folder(path: str) -> Path:

@@ -1,39 +1,56 @@
-"""calibrate: collect the statistics that the method asks for, on all ranks, round by round."""
+"""calibrate: collect the statistics that the method asks for, on all ranks.
 
-from collections.abc import Iterator
+Resident: the whole model on every rank, hooks on all layers. Streamed: one decoder block at a time. The same numbers.
+Every statistic ends on the one rank that owns it, which writes its file.
+"""
 
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+
+import psutil
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from harness.cache import Cache
 from harness.config import RunConfig, SourceConfig
-from harness.console import progress, say
+from harness.console import in_words, say, work_bar
 from harness.data.collation import Batch, collate
 from harness.data.sampling import sample, seed_for
 from harness.data.sources import Example, read_examples
 from harness.data.tokenisation import Row, tokenise
 from harness.errors import UserError
+from harness.measurement import available_memory, measured
+from harness.memory import freed_at_once
 from harness.methods.base import StatisticsRequest
 from harness.methods.registry import method_class, required_statistics
 from harness.models.loading import load_model, load_tokenizer
 from harness.models.sharing import input_groups
+from harness.models.streaming import decoder_blocks
 from harness.models.targets import target_modules
+from harness.models.weights import BaseWeights, empty_model
 from harness.run_directory import RunDirectory
-from harness.statistics.covariance import collect_input_covariance
-from harness.statistics.gradients import collect_gradient_statistics
+from harness.statistics.kept import KeptStatistics
+from harness.statistics.loss import Labels
+from harness.statistics.reduction import Reduction
+from harness.statistics.resident import collect_resident
 from harness.statistics.statistic import Kind, Statistic
 from harness.statistics.store import StatisticsWriter
-from harness.training.distributed import barrier, rank, share, training_device
+from harness.statistics.streamed import collect_streamed
+from harness.training.distributed import barrier, rank, share, training_device, world_size
 
 BATCH_ROWS = 8
 PROBE_TOKENS = 8
+RESIDENT_SHARE = 0.5  # of the memory available to a rank: the rest is for activations
 
 
 def calibrate(config: RunConfig, run: RunDirectory) -> None:
     """Write ``statistics/``; nothing where the method needs none.
 
     Raises:
-        UserError: the method needs a preserve set and there is none, or a row is unusable.
+        UserError: the method needs a preserve set and there is none, a row is unusable, or the model cannot be streamed
+            where that is asked for.
     """
     request = required_statistics(config)
     if request is None:
@@ -49,36 +66,33 @@ def calibrate(config: RunConfig, run: RunDirectory) -> None:
             f"warning: data.{key}.samples: {source.samples} of {len(examples)} rows, so all {request.rounds} sampling "
             "rounds draw the same rows; give more rows or ask for fewer samples"
         )
-    device = training_device()
-    model = load_model(config.model, device)
+    model = empty_model(config.model)
     convolutions = method_class(config.method["name"]).adapts_convolutions
     targets = target_modules(model, config.model.target_modules, convolutions)
     modules = {name: module for name, module in targets.items() if isinstance(module, nn.Linear)}
     if not modules:  # statistics are of linear layers; what asked for them here was the error of quantising those
         return
     widest = max(module.in_features for module in modules.values())
-    writer = StatisticsWriter(run.statistics)
-    for number in range(request.rounds):
-        rows = calibration_rows(config, source, examples, tokenizer, f"data.{key}", number)
-        groups = input_groups(model, modules, probe_inputs(rows[0], tokenizer.pad_token_id, device))
-        description = f"calibrate {number + 1}/{request.rounds}" if request.rounds > 1 else "calibrate"
-        collected = _collect(config, request, model, modules, groups, rows, tokenizer.pad_token_id, description)
-        tokens = next(iter(collected[request.kinds[0]].values())).tokens
+    rounds = [
+        calibration_rows(config, source, examples, tokenizer, f"data.{key}", number) for number in range(request.rounds)
+    ]
+    for tokens in {sum(len(row.input_ids) for row in rows) for rows in rounds}:
         if tokens < widest:
             say(
                 f"warning: data.{key}.samples: {tokens} tokens for layers up to {widest} wide; their covariance has "
                 f"rank {tokens} at most, so it says nothing about other directions; take more samples or longer texts"
             )
-        if rank() == 0:
-            for kind, statistics in collected.items():
-                own = {name: name for name in modules}
-                writer.add(kind, statistics, groups if kind == "input_covariance" else own)
-        counts = ", ".join(f"{len(statistics)} × {kind.replace('_', ' ')}" for kind, statistics in collected.items())
-        of = f" (round {number + 1} of {request.rounds})" if request.rounds > 1 else ""
-        say(f"calibrate: {counts} over {tokens} tokens serve {len(modules)} layers{of}")
-    if rank() == 0:
-        writer.close()
+    # Labels that the model draws must not depend on which rank draws them, so a row's draw is seeded by its text.
+    labels = Labels(request.fisher, seed_for("fisher", config.train.seed))
+    with StatisticsWriter(run.statistics) as writer, measured() as phase:
+        kept = KeptStatistics(Cache(), config.model, list(modules), labels) if config.init.cache else None
+        work = _Work(config, request, model, modules, rounds, labels, tokenizer.pad_token_id, writer, kept)
+        missing = work.take()
+        how = work.collect(missing) if missing else "from the cache"
+        work.finish(missing)
+        writer.close(collective=True)
     barrier()
+    say(f"calibrate: {work.counts()} serve {len(modules)} layers; {how}; {phase}{work.reduced()}")
 
 
 def calibration_rows(
@@ -104,24 +118,193 @@ def probe_inputs(row: Row, pad_id: int, device: torch.device) -> dict[str, objec
     return {name: probe[name].to(device) for name in ("input_ids", "attention_mask")} | {"use_cache": False}
 
 
-def _collect(
-    config: RunConfig,
-    request: StatisticsRequest,
-    model: nn.Module,
-    modules: dict[str, nn.Linear],
-    groups: dict[str, str],
-    rows: list[Row],
-    pad_id: int,
-    description: str,
-) -> dict[Kind, dict[str, Statistic]]:
-    mine = share([rows[start : start + BATCH_ROWS] for start in range(0, len(rows), BATCH_ROWS)])
+class _Work:
+    """The statistics of all rounds, on their way from the cache or the model to their files."""
 
-    def batches() -> Iterator[Batch]:
-        for batch in progress(mine, description):
-            yield collate(batch, pad_id)
+    def __init__(
+        self,
+        config: RunConfig,
+        request: StatisticsRequest,
+        model: PreTrainedModel,
+        modules: dict[str, nn.Linear],
+        rounds: list[list[Row]],
+        labels: Labels,
+        pad_id: int,
+        writer: StatisticsWriter,
+        kept: KeptStatistics | None,
+    ) -> None:
+        """``model``: without weights."""
+        self._config, self._request, self._model, self._modules = config, request, model, modules
+        self._rounds, self._labels, self._pad_id = rounds, labels, pad_id
+        self._writer, self._kept = writer, kept
+        self._groups: dict[int, dict[Kind, dict[str, str]]] = {}  # round → kind → layer → group
+        self._reduction = Reduction()
+        self._device = training_device()
 
-    if not request.needs_gradients:
-        return {"input_covariance": collect_input_covariance(model, modules, groups, batches())}
-    # Labels that the model draws must not depend on which rank draws them, so a row's draw is seeded by its text.
-    draw_seed = seed_for("fisher", config.train.seed)
-    return collect_gradient_statistics(model, modules, groups, batches(), request.kinds, request.fisher, draw_seed)
+    def take(self) -> list[int]:
+        """Take what the cache has; the rounds that must be collected."""
+        for number, rows in enumerate(self._rounds if self._kept is not None else ()):
+            found = self._kept.take(self._request.kinds, rows, number, self._writer)
+            if found is not None:
+                self._groups[number] = found
+        return [number for number in range(len(self._rounds)) if number not in self._groups]
+
+    def collect(self, missing: Sequence[int]) -> str:
+        """Collect the ``missing`` rounds; says how."""
+        if streams(self._config, self._model, self._modules, self._request.kinds, self._device):
+            with freed_at_once():
+                self._collect_streamed(missing)
+            return "streamed"
+        self._collect_resident(missing)
+        return "resident"
+
+    def finish(self, collected: Sequence[int]) -> None:
+        """Say which layer finds its statistics where, in the run's files and in the cache."""
+        for number, kinds in sorted(self._groups.items()):
+            for kind, groups in kinds.items():
+                self._writer.serve(kind, groups, number)
+        if self._kept is None or not collected:
+            return
+        self._writer.drain()
+        barrier()
+        if rank() == 0:
+            for number in collected:
+                for kind, groups in self._groups[number].items():
+                    self._kept.list(kind, self._rounds[number], groups)
+
+    def counts(self) -> str:
+        """How many statistics over how many tokens."""
+        kinds = ", ".join(f"{len(set(g.values()))} × {k.replace('_', ' ')}" for k, g in self._groups[0].items())
+        tokens = ", ".join(f"{sum(len(row.input_ids) for row in rows):,}" for rows in self._rounds)
+        return f"{kinds} over {tokens} tokens{f' in {len(self._rounds)} rounds' if len(self._rounds) > 1 else ''}"
+
+    def reduced(self) -> str:
+        """The bytes that went to other ranks and came from them; nothing where there are none."""
+        if world_size() == 1:
+            return ""
+        given, taken = in_words(self._reduction.given), in_words(self._reduction.taken)
+        return f"; rank 0 gave {given} of sums to their owners and took {taken}"
+
+    def _collect_resident(self, missing: Sequence[int]) -> None:
+        model = load_model(self._config.model, self._device)
+        modules = {name: model.get_submodule(name) for name in self._modules}
+        with work_bar("calibrate", sum(len(self._batches(number)) for number in missing)) as bar:
+            for number in missing:
+                groups = input_groups(model, modules, probe_inputs(self._rounds[0][0], self._pad_id, self._device))
+
+                def batches(number: int = number) -> Iterator[Batch]:
+                    for rows in self._batches(number):
+                        yield collate(rows, self._pad_id)
+                        bar(1, f"{self._of(number)}resident, {held(self._device)} held")
+
+                collected = collect_resident(
+                    model, modules, groups, batches(), self._request.kinds, self._labels, self._reduction
+                )
+                for kind, group, matrix, tokens in collected:
+                    self._write(number, kind, group, Statistic(matrix.cpu(), tokens))
+                self._serve(number, groups)
+
+    def _collect_streamed(self, missing: Sequence[int]) -> None:
+        weights = BaseWeights(self._config.model, self._model)
+        blocks = len(decoder_blocks(self._model, list(self._modules)).names)
+        probe = collate([Row(self._rounds[0][0].input_ids[:PROBE_TOKENS], [])], self._pad_id)
+        gradients = self._request.needs_gradients
+        batches = {n: [collate(rows, self._pad_id) for rows in self._batches(n)] for n in missing}
+        total = sum(map(len, batches.values())) * blocks * (2 if gradients else 1)
+        # One sweep serves all rounds; with gradients one round at a time, for the inputs of every block are kept.
+        sweeps = [[number] for number in missing] if gradients else [list(missing)]
+        with work_bar("calibrate", total) as bar:
+            for sweep in sweeps:
+                groups: dict[str, str] = {}
+                collected = collect_streamed(
+                    self._model,
+                    weights,
+                    self._modules,
+                    [batches[number] for number in sweep],
+                    probe,
+                    self._request.kinds,
+                    self._labels,
+                    self._device,
+                    self._reduction,
+                    groups,
+                    lambda doing, sweep=sweep: bar(1, f"{self._of(*sweep)}{doing}, {held(self._device)} held"),
+                )
+                with closing(collected):
+                    for place, kind, group, matrix, tokens in collected:
+                        self._write(sweep[place], kind, group, Statistic(matrix.cpu(), tokens))
+                for number in sweep:
+                    self._serve(number, groups)
+
+    def _write(self, number: int, kind: Kind, group: str, statistic: Statistic) -> None:
+        def keep() -> None:
+            if self._kept is not None:
+                self._kept.keep(kind, self._rounds[number], group, statistic)
+
+        self._writer.write(kind, group, statistic, number, keep)
+
+    def _serve(self, number: int, groups: dict[str, str]) -> None:
+        own = {name: name for name in self._modules}
+        self._groups[number] = {
+            kind: {name: groups[name] for name in own} if kind == "input_covariance" else own
+            for kind in self._request.kinds
+        }
+
+    def _batches(self, number: int) -> list[list[Row]]:
+        rows = self._rounds[number]
+        return share([rows[start : start + BATCH_ROWS] for start in range(0, len(rows), BATCH_ROWS)])
+
+    def _of(self, *numbers: int) -> str:
+        return f"round {numbers[0] + 1}/{len(self._rounds)}, " if len(numbers) < len(self._rounds) else ""
+
+
+def streams(
+    config: RunConfig, model: nn.Module, modules: dict[str, nn.Linear], kinds: Sequence[Kind], device: torch.device
+) -> bool:
+    """Whether statistics are collected block by block; the same on all ranks.
+
+    Raises:
+        UserError: that is asked for and the model does not allow it.
+    """
+    if config.init.collection == "resident":
+        return False
+    if config.init.collection == "streamed":
+        decoder_blocks(model, list(modules))
+        return True
+    needed, available = resident_bytes(config, model, modules, kinds), available_to_a_rank(device)
+    decision = [needed > RESIDENT_SHARE * available]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(decision)
+    if not decision[0]:
+        return False
+    sizes = f"{in_words(needed)} of weights and statistics, {in_words(available)} available"
+    try:
+        decoder_blocks(model, list(modules))
+    except UserError as error:
+        say(f"warning: calibrate: {sizes}, and yet resident: {str(error).removeprefix('init.collection: ')}")
+        return False
+    say(f"calibrate: {sizes}: streamed")
+    return True
+
+
+def resident_bytes(config: RunConfig, model: nn.Module, modules: dict[str, nn.Linear], kinds: Sequence[Kind]) -> int:
+    """Bytes of all weights and statistics at once, as if no two layers shared an input."""
+    weights = sum(p.numel() for p in model.parameters()) * getattr(torch, config.model.dtype).itemsize
+    sizes = {
+        "input_covariance": lambda layer: layer.in_features**2,
+        "output_gradient_covariance": lambda layer: layer.out_features**2,
+        "weight_gradient": lambda layer: layer.in_features * layer.out_features,
+    }
+    return weights + 4 * sum(sizes[kind](layer) for kind in kinds for layer in modules.values())
+
+
+def available_to_a_rank(device: torch.device) -> int:
+    """Bytes: of this rank's accelerator, or this machine's divided by the ranks on it."""
+    local = next((int(os.environ[key]) for key in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if key in os.environ), None)
+    return available_memory(device) // (1 if device.type == "cuda" else local or world_size())
+
+
+def held(device: torch.device) -> str:
+    """Bytes that this process holds now, in words: on the accelerator where there is one."""
+    return in_words(
+        torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    )

@@ -1,29 +1,41 @@
-"""init: rank and adapter tensors of every target layer at step 0, layers divided among the ranks."""
+"""init: rank and adapter tensors of every target layer at step 0, layers divided among the ranks.
+
+Weights are read from the base model's files, one layer at a time, the next one while this one is decomposed: no rank
+ever holds the model. Layers go to ranks by what they cost. Every finished layer is a file in the staging folder, so
+that a run that was killed goes on where it was (`harness.stages.layer_store`).
+"""
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from harness.adapters.lora import by_layer, parameter_count, read_adapter, write_adapter, write_layers
+from harness.cache import Cache
 from harness.config import RunConfig
-from harness.console import progress, say
+from harness.console import say, work_bar
 from harness.errors import UserError
-from harness.files import publish_directory, read_json, write_json, write_tensors
+from harness.files import publish_directory, read_json, tensor_checksum, write_json
+from harness.measurement import Phase, in_words, measured
+from harness.memory import freed_at_once
 from harness.methods.base import AdapterInit, LowRank, Method
 from harness.methods.registry import build_method
-from harness.models.loading import load_model
 from harness.models.quantisation import BLOCK, misread_on_cpu, quantisation_errors
 from harness.models.targets import Layer, describe, target_modules
+from harness.models.weights import BaseWeights, empty_model
 from harness.reporting.ranks import draw_ranks
 from harness.run_directory import RunDirectory
+from harness.stages.layer_store import LayerStore, read_kept
+from harness.stages.plan import layer_cost
 from harness.statistics.store import INDEX, StatisticsReader
-from harness.training.distributed import barrier, rank, share, training_device, world_size
+from harness.training.distributed import barrier, rank, training_device, world_size
+from harness.training.ownership import assign_by_cost
 
 SUBTRACTED = "subtracted"  # folder in init/ of the blocks taken out of the base where they are not the adapter's own
 
@@ -35,19 +47,18 @@ def initialise(config: RunConfig, run: RunDirectory) -> None:
         UserError: a rank is larger than its layer allows, or a layer's statistics are damaged.
     """
     method = build_method(config.method, config.train.seed, config.model)
+    method.solver, method.cache = config.init.solver, Cache() if config.init.cache else None
     staging = run.path / ".init.staging"
-    if rank() == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    barrier()
     if method.trains_base:
         if rank() == 0:
+            shutil.rmtree(staging, ignore_errors=True)
             write_json(staging / "report.json", {"method": config.method["name"], "layers": {}})
             publish_directory(staging, run.init)
         barrier()
         return
 
-    written = _write_candidates(config, method, run, staging)
+    with measured() as phase, freed_at_once():
+        written = _write_candidates(config, method, run, staging)
     chosen, probe = 0, method.probe()
     if probe is not None and len(written) > 1:
         from harness.stages.probes import choose  # it trains, and the train stage imports this module
@@ -59,7 +70,7 @@ def initialise(config: RunConfig, run: RunDirectory) -> None:
         publish_directory(written[chosen].folder.init, run.init)
         shutil.rmtree(staging)
     barrier()
-    say(f"init: {config.method['name']} on {written[chosen].size}")
+    say(f"init: {config.method['name']} on {written[chosen].size}; {_of_all_ranks(phase)}")
 
 
 @dataclass(frozen=True)
@@ -71,55 +82,149 @@ class WrittenCandidate:
     size: str
 
 
+@dataclass
+class LoadedLayer:
+    """A target layer with its ``weight`` (out, in) on the device, and what decides its decomposition in ``content``."""
+
+    layer: Layer
+    weight: torch.Tensor
+    content: dict[str, Any]
+
+
+class LayerSource:
+    """The target layers of the base model and, one after the other, those of this rank with their weights."""
+
+    def __init__(self, config: RunConfig, method: Method, statistics: StatisticsReader | None) -> None:
+        self._config = config
+        self._model = empty_model(config.model)
+        self._method = method
+        self._statistics = statistics
+        self._device = training_device()
+        modules = target_modules(self._model, config.model.target_modules, method.adapts_convolutions)
+        self.layers = describe(modules)
+        costs = [layer_cost(method, layer).total for layer in self.layers]
+        owners = assign_by_cost(costs, world_size())
+        order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))  # longest first
+        self.mine = [self.layers[i] for i in order if owners[i] == rank()]
+
+    @cached_property
+    def _weights(self) -> BaseWeights:
+        return BaseWeights(self._config.model, self._model)
+
+    def loaded(self, layers: Sequence[Layer]) -> Iterator[LoadedLayer]:
+        """``layers`` with their weights; the next one is read from disk, and checked, while this one is worked on."""
+        with ThreadPoolExecutor(1, "weights") as reader:
+            waiting = [reader.submit(self._load, layer) for layer in layers[:1]]
+            for following in [*layers[1:], None]:
+                loaded = waiting.pop().result() if waiting else None
+                if following is not None:
+                    waiting.append(reader.submit(self._load, following))
+                if loaded is not None:
+                    yield loaded
+
+    def _load(self, layer: Layer) -> LoadedLayer:
+        weight = self._weights.read(f"{layer.name}.weight").detach()
+        content = {
+            "layer": layer.name,
+            "weight": tensor_checksum(weight),
+            "statistics": self._statistics.checksums(layer.name) if self._statistics is not None else [],
+            "quantisation": [self._config.model.quantization, self._config.model.double_quantization],
+            "dtype": self._config.model.dtype,
+            "seed": self._config.train.seed,
+            "method": self._config.method["name"],
+            "solver": self._config.init.solver,
+        }
+        return LoadedLayer(layer, weight.to(self._device), content)
+
+
 def _write_candidates(config: RunConfig, method: Method, run: RunDirectory, staging: Path) -> list[WrittenCandidate]:
     """Write an ``init/`` for every candidate of the method; for the method itself where it has nothing to choose."""
-    model = load_model(config.model)
-    modules = target_modules(model, config.model.target_modules, method.adapts_convolutions)
-    layers = describe(modules)
     statistics = StatisticsReader(run.statistics) if (run.statistics / INDEX).is_file() else None
-    device = training_device()
+    source = LayerSource(config, method, statistics)
+    layers = source.layers
+    store = LayerStore(staging / "layers", method.cache)
     linear = [layer for layer in layers if not layer.kernel]
-    if config.model.quantization == "nf4" and (misread := misread_on_cpu(linear, device)):
+    if config.model.quantization == "nf4" and (misread := misread_on_cpu(linear, training_device())):
         say(
             f"warning: model.quantization: on the CPU bitsandbytes misreads {len(misread)} layers, {misread[0]} among "
             f"them, whose input is no multiple of {BLOCK} wide; init/report.json has their errors; use a GPU, or none"
         )
-    weights = {name: module.weight.detach() for name, module in modules.items()}
-    findings = examine(method, layers, weights, statistics, device)
+    findings = examine(method, source, statistics, store)
     candidates = [method.with_options(options) for options in method.candidates(layers)] or [method]
     folders = [RunDirectory(staging / f"candidate-{number}") for number in range(len(candidates))]
     ranks = [candidate.ranks(layers, findings) for candidate in candidates]
     for given in ranks:
         check_ranks(layers, given)
 
-    tensors: list[dict[str, torch.Tensor]] = [{} for _ in candidates]
-    reports: list[dict[str, Any]] = [{} for _ in candidates]
-    for layer in progress(share(layers), "initialise"):
-        weight = weights[layer.name].to(device)
-        for candidate, given, own, report in zip(candidates, ranks, tensors, reports, strict=True):
-            if given.get(layer.name, 0) == 0:  # no adapter, but over an NF4 base quantised all the same
-                report[layer.name] = {
-                    **_quantisation(config, candidate, layer, weight, None, statistics),
-                    "residual": False,
+    kept: list[dict[str, str]] = [{} for _ in candidates]
+    with work_bar("init", len(source.mine)) as bar:
+        for loaded in source.loaded(source.mine):
+            name = loaded.layer.name
+            bar(0, f"{name}, weight of {in_words(loaded.weight.nbytes)}")
+            for candidate, given, own in zip(candidates, ranks, kept, strict=True):
+                content = loaded.content | {
+                    "rank": given.get(name, 0),
+                    "finding": findings[name],
+                    "options": candidate.options.model_dump(mode="json"),
                 }
-                continue
-            initial = candidate.initialise(layer, weight, given[layer.name], statistics, findings[layer.name])
-            own |= {f"{layer.name}.{name}": tensor for name, tensor in initial.tensors(candidate.pair).items()}
-            if initial.subtracted is not None:
-                own[f"{layer.name}.subtracted.B"], own[f"{layer.name}.subtracted.A"] = initial.subtracted
-            errors = _quantisation(config, candidate, layer, weight, initial, statistics)
-            report[layer.name] = initial.report | errors | {"residual": initial.residual}
-    for folder, own, report in zip(folders, tensors, reports, strict=True):
-        part = folder.init / f"part-{rank()}"
-        write_tensors(part.with_suffix(".safetensors"), own)
-        write_json(part.with_suffix(".json"), report)
-    barrier()
+                file = store.adapter(content)
+                if file is None:
+                    tensors, report = _decomposed(config, candidate, loaded, given.get(name, 0), statistics, findings)
+                    file = store.keep_adapter(content, tensors, report)
+                own[name] = str(file)
+            bar(1, name)
+    gathered: list[Any] = [kept] * world_size()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_gather_object(gathered, kept)
     if rank() == 0:
-        for candidate, given, folder in zip(candidates, ranks, folders, strict=True):
-            _assemble(config, candidate, layers, given, findings, folder.init)
+        for number, (candidate, given, folder) in enumerate(zip(candidates, ranks, folders, strict=True)):
+            shutil.rmtree(folder.path, ignore_errors=True)  # of an attempt that was killed
+            files = {name: Path(file) for part in gathered for name, file in part[number].items()}
+            _assemble(config, candidate, layers, given, findings, files, folder.init)
     barrier()
+    resumed, cached = _sum_over_ranks(store.resumed), _sum_over_ranks(store.cached)
+    if resumed or cached:
+        say(
+            f"init: of {len(layers) * len(candidates)} layers {resumed} were there from an earlier attempt, "
+            f"{cached} in the cache"
+        )
     sizes = [_size(layers, given, folder.init) for given, folder in zip(ranks, folders, strict=True)]
     return [WrittenCandidate(*parts) for parts in zip(candidates, folders, sizes, strict=True)]
+
+
+def _decomposed(
+    config: RunConfig,
+    method: Method,
+    loaded: LoadedLayer,
+    given: int,
+    statistics: StatisticsReader | None,
+    findings: Mapping[str, Mapping[str, Any]],
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and report of one layer. One of rank 0 has no adapter, but over an NF4 base is quantised all the same."""
+    layer, weight = loaded.layer, loaded.weight
+    if given == 0:
+        return {}, _quantisation(config, method, layer, weight, None, statistics) | {"residual": False}
+    initial = method.initialise(layer, weight, given, statistics, findings[layer.name])
+    tensors = initial.tensors(method.pair)
+    if initial.subtracted is not None:
+        tensors |= dict(zip(("subtracted.B", "subtracted.A"), initial.subtracted, strict=True))
+    errors = _quantisation(config, method, layer, weight, initial, statistics)
+    return tensors, _finite(initial.report | errors | {"residual": initial.residual})
+
+
+def _of_all_ranks(phase: Phase) -> str:
+    """Time and peak memory of the slowest and the fullest rank."""
+    phases = [phase] * world_size()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_gather_object(phases, phase)
+    return str(Phase(max(p.seconds for p in phases), max(p.peak_bytes for p in phases)))
+
+
+def _sum_over_ranks(count: int) -> int:
+    counts = [count] * world_size()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_gather_object(counts, count)
+    return sum(counts)
 
 
 def _size(layers: list[Layer], ranks: Mapping[str, int], init: Path) -> str:
@@ -130,24 +235,28 @@ def _size(layers: list[Layer], ranks: Mapping[str, int], init: Path) -> str:
 
 
 def examine(
-    method: Method,
-    layers: list[Layer],
-    weights: Mapping[str, torch.Tensor],
-    statistics: StatisticsReader | None,
-    device: torch.device,
+    method: Method, source: LayerSource, statistics: StatisticsReader | None, store: LayerStore
 ) -> dict[str, dict[str, Any]]:
     """What the method finds in each layer; layers are divided among the ranks, and every rank gets all findings."""
     if type(method).examine is Method.examine:
-        return {layer.name: {} for layer in layers}
-    mine = {
-        layer.name: method.examine(layer, weights[layer.name].to(device), statistics)
-        for layer in progress(share(layers), "examine")
-    }
+        return {layer.name: {} for layer in source.layers}
+    options = method.options.model_dump(mode="json")
+    mine: dict[str, dict[str, Any]] = {}
+    with work_bar("examine", len(source.mine)) as bar:
+        for loaded in source.loaded(source.mine):
+            bar(0, loaded.layer.name)
+            content = loaded.content | {"options": options}
+            finding = store.finding(content)
+            if finding is None:
+                finding = method.examine(loaded.layer, loaded.weight, statistics)
+                store.keep_finding(content, finding)
+            mine[loaded.layer.name] = finding
+            bar(1, loaded.layer.name)
     found = [mine] * world_size()
     if torch.distributed.is_initialized():
         torch.distributed.all_gather_object(found, mine)
     every = {name: finding for part in found for name, finding in part.items()}
-    return {layer.name: every[layer.name] for layer in layers}
+    return {layer.name: every[layer.name] for layer in source.layers}
 
 
 def _quantisation(
@@ -200,14 +309,15 @@ def _assemble(
     layers: list[Layer],
     ranks: Mapping[str, int],
     findings: Mapping[str, Mapping[str, Any]],
-    staging: Path,
+    files: Mapping[str, Path],
+    init: Path,
 ) -> None:
-    """Join the ranks' parts into one adapter and one report, layers in the model's order."""
+    """Join the layers' ``files`` into one adapter and one report, layers in the model's order."""
     tensors, reports = {}, {}
-    for number in range(world_size()):
-        part = staging / f"part-{number}"
-        tensors |= load_file(part.with_suffix(".safetensors"))
-        reports |= read_json(part.with_suffix(".json"))
+    for layer in layers:
+        kept = read_kept(files[layer.name])
+        tensors |= {f"{layer.name}.{name}": tensor for name, tensor in kept.tensors.items()}
+        reports[layer.name] = kept.report
     adapted = [layer.name for layer in layers if ranks.get(layer.name, 0) > 0]
 
     subtracted = {
@@ -216,21 +326,18 @@ def _assemble(
         if f"{name}.subtracted.A" in tensors
     }
     if subtracted:
-        write_adapter(staging / SUBTRACTED, subtracted, config.model.path)
+        write_adapter(init / SUBTRACTED, subtracted, config.model.path)
     adapter_config = method.adapter_config({name: ranks[name] for name in adapted}, config.model.path)
-    write_layers(staging, by_layer(tensors), adapter_config)
+    write_layers(init, by_layer(tensors), adapter_config)
     content = {}
     for layer in layers:  # layers of rank 0 too: what was found there is why
         own = {"rank": ranks.get(layer.name, 0), "shape": list(layer.shape), **reports[layer.name]}
         found = {key: value for key, value in findings[layer.name].items() if not key.startswith("_")}
         content[layer.name] = _finite({**found, **own})
     summary = method.summarise(layers, findings, ranks)
-    write_json(staging / "report.json", {"method": config.method["name"], "summary": summary, "layers": content})
+    write_json(init / "report.json", {"method": config.method["name"], "summary": summary, "layers": content})
     if len(set(ranks.values())) > 1:
-        draw_ranks({layer.name: ranks.get(layer.name, 0) for layer in layers}, staging / "ranks.png")
-    for number in range(world_size()):
-        (staging / f"part-{number}.safetensors").unlink()
-        (staging / f"part-{number}.json").unlink()
+        draw_ranks({layer.name: ranks.get(layer.name, 0) for layer in layers}, init / "ranks.png")
 
 
 def subtracted_blocks(init: Path) -> dict[str, LowRank]:

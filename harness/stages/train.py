@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArgum
 
 from harness.adapters.base_parameters import keep_initial
 from harness.adapters.lora import add_initial, load_tensors, read_layers, subtract_from_base
-from harness.config import ModelConfig, RunConfig
+from harness.config import RunConfig
 from harness.console import say
 from harness.data.sampling import sample
 from harness.data.sources import read_examples
@@ -24,8 +24,8 @@ from harness.export.shards import read_file, read_tensors
 from harness.files import read_json, sha256
 from harness.methods.base import LowRank, Method
 from harness.methods.registry import build_method
-from harness.models.loading import load_model, load_tokenizer, whole_weights
-from harness.models.quantisation import quantise_linears
+from harness.models.loading import load_tokenizer
+from harness.models.partitioned_loading import cast_undivided, load_quantised, load_trained
 from harness.models.targets import target_modules
 from harness.run_directory import RunDirectory
 from harness.stages.answers import answered_rows
@@ -224,9 +224,9 @@ def build_model(
     device = training_device()
     if method.trains_all:
         base = config.model if resume is None else config.model.model_copy(update={"path": str(resume / "trained")})
-        return method.attach(_placed(load_model(base), device), {})
+        return method.attach(load_trained(base, device), {})
     if method.trains_base:
-        model = _placed(load_model(config.model), device)
+        model = load_trained(config.model, device)
         targets = target_modules(model, config.model.target_modules)
         model = method.attach(model, dict.fromkeys(targets, 0))
         if needs_original:
@@ -238,9 +238,9 @@ def build_model(
     subtracted = subtracted_blocks(run.init)
     ranks = {name: own[method.pair[0]].shape[0] for name, own in initial.items()}
     if config.model.quantization == "nf4":
-        model = method.attach(_quantised_base(config.model, subtracted, device), ranks)
+        model = method.attach(load_quantised(config.model, subtracted, device), ranks)
     else:
-        model = method.attach(_placed(load_model(config.model), device), ranks)
+        model = method.attach(load_trained(config.model, device), ranks)
         if subtracted:
             subtract_from_base(model, subtracted)
     if subtracted and needs_original:
@@ -250,15 +250,9 @@ def build_model(
         add_initial(model, {n: u for n, u in start.items() if isinstance(u, LowRank)}, method.scaling())
     layers = initial if resume is None else trained_layers(resume, initial)
     load_tensors(model, ((f"{layer}.{name}", tensor) for layer, own in layers.items() for name, tensor in own.items()))
+    if config.model.quantization == "nf4":
+        cast_undivided(model, getattr(torch, config.model.dtype))
     return model
-
-
-def _quantised_base(config: ModelConfig, subtracted: Mapping[str, LowRank], device: torch.device) -> nn.Module:
-    """The base with NF4 residual weights, on ``device``; whole on every rank until DeepSpeed partitions it."""
-    with whole_weights():
-        model = load_model(config)
-    quantise_linears(model, subtracted, getattr(torch, config.dtype), config.double_quantization, device)
-    return model.to(device)
 
 
 def trained_layers(
@@ -294,8 +288,3 @@ def add_callbacks(
         preserve = preserve_rows(config, tokenizer)
         chosen = sample(preserve, config.train.preserve_loss_samples, "preserve loss", config.train.seed)
         trainer.add_callback(PreserveLoss(trainer, chosen, tokenizer.pad_token_id, config.train.preserve_loss_steps))
-
-
-def _placed(model: nn.Module, device: torch.device) -> nn.Module:
-    """On the device, unless ZeRO-3 has taken charge of where its parts live."""
-    return model if any(hasattr(p, "ds_id") for p in model.parameters()) else model.to(device)

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from harness.data.collation import Batch
-from harness.statistics.covariance import sum_over_tokens
+from harness.statistics.loss import Labels
+from harness.statistics.reduction import Reduction
+from harness.statistics.resident import collect_resident
 
 
 def collect_mean_absolute_input(
@@ -29,7 +31,7 @@ def collect_mean_absolute_input(
     Raises:
         UserError: as `collect_input_covariance` does.
     """
-    sums, count = sum_over_tokens(
-        model, modules, groups, batches, lambda width: (width,), lambda real_TD: real_TD.abs().sum(0)
+    collected = collect_resident(
+        model, modules, groups, batches, ["mean_absolute_input"], Labels(), Reduction(everywhere=True)
     )
-    return {group: (vector / count).cpu() for group, vector in sums.items()}
+    return {group: vector.cpu() for _, group, vector, _ in collected}

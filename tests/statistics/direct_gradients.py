@@ -42,7 +42,7 @@ def row_gradients(
     outputs: dict[str, torch.Tensor] = {}
 
     def keep(name: str, given: torch.Tensor, output: torch.Tensor) -> None:
-        inputs[name], outputs[name] = given[0].detach(), output
+        inputs[name], outputs[name] = given.detach().reshape(-1, given.shape[-1]), output
 
     handles = [
         module.register_forward_hook(lambda _, given, output, name=name: keep(name, given[0], output))
@@ -53,7 +53,9 @@ def row_gradients(
         handle.remove()
     loss = sum((-logits[place - 1].log_softmax(-1)[token] for place, token in targets), start=logits.sum() * 0)
     gradients = torch.autograd.grad(loss, list(outputs.values()))
-    return inputs, {name: gradient[0] for name, gradient in zip(outputs, gradients, strict=True)}
+    return inputs, {
+        name: gradient.reshape(-1, gradient.shape[-1]) for name, gradient in zip(outputs, gradients, strict=True)
+    }
 
 
 def responses(row: Row) -> list[tuple[int, int]]:

@@ -292,7 +292,7 @@ class Routed(Rough):
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [(Aside(), "aside does not depend on the token embeddings"), (Routed(), "first does not read one row per token")],
+    [(Aside(), "aside does not depend on the token embeddings"), (Routed(), "first reads 1 rows for 2 tokens")],
     ids=["no path of gradients", "not every token"],
 )
 def test_layer_without_such_statistics(model: nn.Module, message: str) -> None:

@@ -1,6 +1,7 @@
 """Statistics on disk: round trip, sharing, damage."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,23 @@ def test_damage(covariances: dict[str, Statistic], tmp_path: Path, damage: str) 
     assert reader.input_covariance("a.k").tokens == 11
     with pytest.raises(UserError, match=rf"^statistics: .*{file.name} is missing or damaged; .*--force calibrate"):
         reader.input_covariance("a.down")
+
+
+def test_a_file_written_twice_is_the_second_one(tmp_path: Path) -> None:
+    with StatisticsWriter(tmp_path) as writer:
+        for value in (1.0, 2.0):
+            writer.write("weight_gradient", "a.q", Statistic(torch.full((2, 3), value), 4))
+            writer.drain()
+        writer.serve("weight_gradient", {"a.q": "a.q"})
+        writer.close()
+    assert torch.equal(StatisticsReader(tmp_path).weight_gradient("a.q").matrix, torch.full((2, 3), 2.0))
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    """The error comes out at the latest with `close`; no index says that all is there, and no thread is left."""
+    (tmp_path / "folder").write_text("a file")
+    with pytest.raises(OSError), StatisticsWriter(tmp_path / "folder") as writer:
+        writer.write("weight_gradient", "a.q", Statistic(torch.ones(2, 3), 4))
+        writer.serve("weight_gradient", {"a.q": "a.q"})
+        writer.close()
+    assert not any(thread.name.startswith("write-statistics") for thread in threading.enumerate())

@@ -13,7 +13,8 @@ same process, one after the other, and in the next round the other one begins. P
   (`auto` takes the partial solver where that is expected to pay), and in IPM with `partial` for every layer.
 - whole: collection and decomposition, with what PEFT does besides in `preprocess_corda` (it crops).
 
-Peak memory is measured in processes of their own: what the resident set grows by, above what the process held before.
+Peak memory is measured in processes of their own, with an allocator that gives large blocks back at once, for both
+sides: what the resident set grows by, above what the process held before.
 For the resident ways the model is loaded before; for the streamed one it is not, so its growth contains the weights
 that it reads. Errors are ‖B·A − truth‖ / ‖truth‖ of the layers of one block, each against float64 on the covariance and
 damping that it used itself.
@@ -322,12 +323,13 @@ def memory_in_own_process(name: str, way: str, folder: Path, threads: int) -> fl
 def peak_memory(shape: Shape, way: str, folder: Path) -> float:
     """MiB by which ``way`` raises the largest resident set of this process."""
     from harness.measurement import measured
+    from harness.memory import freed_at_once
 
     if way == "ours streamed":
         return streamed_memory(shape, folder)
     model = load(shape, folder)
     model(**batches(shape)[0], use_cache=False)  # what libraries allocate once
-    with measured() as phase:
+    with measured() as phase, freed_at_once():
         if way == "ours":
             our_adapters(model, our_covariances(model, shape), "auto")
         else:
@@ -339,39 +341,48 @@ def peak_memory(shape: Shape, way: str, folder: Path) -> float:
 
 def streamed_memory(shape: Shape, folder: Path) -> float:
     """The stages `calibrate` and `init` themselves, streamed, from files to files."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     from harness.config import resolve
     from harness.measurement import measured
     from harness.run_directory import RunDirectory
     from harness.stages.calibrate import calibrate
     from harness.stages.initialise import initialise
 
-    with tempfile.TemporaryDirectory() as place:
-        words = {f"w{i}": i for i in range(VOCABULARY - 1)} | {"</s>": VOCABULARY - 1}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
-        rows = [" ".join(f"w{i}" for i in batch["input_ids"][0].tolist()) for batch in batches(shape)]
-        data = Path(place) / "rows.jsonl"
-        data.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-        source = {"path": str(data), "prompt": "text", "samples": shape.rows}
-        config = resolve(
-            {
-                "name": "streamed",
-                "model": {"path": str(folder), "dtype": shape.dtype},
-                "data": {"train": source, "preserve": source, "max_length": TOKENS},
-                "method": {"name": "corda", "mode": "kpm", "rank": RANK},
-                "init": {"collection": "streamed", "cache": False},
-                "output_dir": place,
-            }
-        )
+    def peak(own: Shape, model: Path, place: Path) -> float:
+        config = resolve(run_content(own, model, place, "streamed"))
         run = RunDirectory(config.run_directory)
         with measured() as phase:
             calibrate(config, run)
             initialise(config, run)
-    return phase.peak_bytes / 2**20
+        return phase.peak_bytes / 2**20
+
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        small = Path(first) / "model"
+        save_model(SHAPES["tiny"], small)
+        peak(SHAPES["tiny"], small, Path(first))  # what libraries allocate once
+        return peak(shape, folder, Path(second))
+
+
+def run_content(shape: Shape, model: Path, place: Path, collection: str) -> dict[str, Any]:
+    """A run's configuration on the saved model, whose tokenizer (a word per token) and rows are made here."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(VOCABULARY - 1)} | {"</s>": VOCABULARY - 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(model)
+    rows = [" ".join(f"w{i}" for i in batch["input_ids"][0].tolist()) for batch in batches(shape)]
+    data = place / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    source = {"path": str(data), "prompt": "text", "samples": shape.rows}
+    return {
+        "name": "run",
+        "model": {"path": str(model), "dtype": shape.dtype},
+        "data": {"train": source, "preserve": source, "max_length": TOKENS},
+        "method": {"name": "corda", "mode": "kpm", "rank": RANK},
+        "init": {"collection": collection, "cache": False},
+        "output_dir": str(place),
+    }
 
 
 # -- error -----------------------------------------------------------------------------------------------------------

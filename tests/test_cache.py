@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from harness.cache import GIB, Cache, DamagedEntry
 from harness.cache_commands import describe
 from harness.cli import app
 from harness.errors import UserError
+from tests.mounts import mounted
 
 CONTENT = {"weights": "ab" * 32, "options": {"rank": 8, "mode": "kpm"}, "formula": 1}
 DTYPES = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
@@ -381,19 +381,6 @@ def test_a_killed_writer_leaves_whole_entries(tmp_path: Path) -> None:
 
 
 # Disks that take nothing
-
-
-@contextmanager
-def mounted(folder: Path, *options: str) -> Iterator[Path]:
-    """A small file system in memory; skips where this user may not mount one."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)]
-    if shutil.which("mount") is None or (done := subprocess.run(command, capture_output=True, text=True)).returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip() if shutil.which('mount') else 'no mount'}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def assert_one_warning(text: str, folder: Path, error: str) -> None:

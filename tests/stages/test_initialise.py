@@ -1,6 +1,6 @@
 """The init stage: resumed layer by layer, the same whoever owns which layer, kept for other runs."""
 
-import errno
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from harness.config import resolve
-from harness.errors import UserError, mendable
+from harness.errors import mendable
 from harness.methods.corda import CorDA
 from harness.methods.farss import FARSS
 from harness.methods.pissa import PiSSA
@@ -20,6 +20,7 @@ from harness.stages import initialise as stage
 from harness.stages.calibrate import calibrate
 from harness.stages.plan import layer_cost, plan_layers, print_plan, time_class
 from harness.training.ownership import assign_by_cost
+from tests.mounts import mounted
 
 METHODS: dict[str, tuple[type, dict[str, Any]]] = {
     "corda++": (CorDA, {"name": "corda", "mode": "kpm", "rank": 8, "rounds": 2, "dynamic_rank": True}),
@@ -145,33 +146,39 @@ def test_a_second_task_does_no_plain_svd_again(
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
-    base_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    base_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    content = base_config | {"method": METHODS["pissa"][1], "init": {"cache": False}, "name": "full"}
-    config = resolve(content)
-    run = RunDirectory(config.run_directory)
-    from harness.stages import layer_store
-
-    written: list[Path] = []
-
-    def write(path: Path, *arguments: Any) -> None:
-        if len(written) == 5:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        written.append(path)
-        original(path, *arguments)
-
-    original = layer_store.write_tensors
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space") as caught:
-        patch.setattr(layer_store, "write_tensors", write)
+    content = base_config | {"method": METHODS["pissa"][1], "init": {"cache": False}}
+    whole = tensors(initialised(content, name="roomy"))
+    with mounted(tmp_path / "disk", "size=96k") as disk:
+        config = resolve(content | {"name": "full", "output_dir": str(disk)})
+        run = RunDirectory(config.run_directory)
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as caught:
+            done = counted(patch, PiSSA, "initialise")
+            stage.initialise(config, run)
+        line = str(mendable(caught.value))
+        assert line.startswith(f"disk: {disk}") and "free some space" in line and "\n" not in line
+        assert 1 < len(done) < 14
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        rest = counted(monkeypatch, PiSSA, "initialise")
         stage.initialise(config, run)
-    line = mendable(caught.value)
-    assert isinstance(line, UserError)
-    assert str(line).startswith("disk: ")
-    assert "free some space" in str(line)
-    assert "\n" not in str(line)
-    calls = counted(monkeypatch, PiSSA, "initialise")
-    stage.initialise(config, run)
-    assert len(calls) == 14 - 5
+        assert len(rest) == 14 - len(done) + 1  # the one that found no room
+        found = tensors(run)
+    assert all(torch.equal(found[key], whole[key]) for key in whole)
+
+
+def test_a_read_only_cache_changes_nothing(
+    base_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = base_config | {"method": METHODS["pissa"][1]}
+    whole = tensors(initialised(content | {"init": {"cache": False}}, name="without"))
+    with mounted(tmp_path / "disk", "size=8m", "ro") as disk:
+        monkeypatch.setenv("PALIMPSEST_CACHE", str(disk))
+        capsys.readouterr()
+        found = tensors(initialised(content, name="with"))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "cache" in line]
+    assert len(warnings) == 1 and "Read-only" in warnings[0]
+    assert all(torch.equal(found[key], whole[key]) for key in whole)
 
 
 def test_ownership() -> None:

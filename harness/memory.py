@@ -1,6 +1,7 @@
 """Making memory that is freed free for others, too."""
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +17,10 @@ def freed_at_once() -> Iterator[None]:
     Without it glibc keeps freed blocks of up to 32 MiB and, where large and small ones alternate and several threads
     free them, ever more of them: collecting statistics block by block then grew by half from 4 to 16 blocks while what
     was alive stayed the same. It costs fresh pages for every such tensor (about a tenth of the time there). What was
-    freed before the block began is used first; `trim` gives that back.
+    freed before the block began is used first; `trim` gives that back. Where glibc's own variable sets the threshold,
+    that stands.
     """
-    if (mallopt := _libc("mallopt")) is None:
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ or (mallopt := _libc("mallopt")) is None:
         yield
         return
     mallopt(_MMAP_THRESHOLD, _LARGE)

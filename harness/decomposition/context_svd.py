@@ -7,7 +7,9 @@ singular vectors.
 
 U and Σ come from a float64 eigendecomposition of the Gram matrix M Mᵀ = U Σ² Uᵀ. For a tall weight (out > in), U spans
 W's column space: with the thin factorisation W = Q R the problem is that of R·C̃, in × in, and U = Q·U_R, so the
-smaller side is always the one decomposed and nothing is divided by a small singular value. Where the components on
+smaller side is always the one decomposed and nothing is divided by a small singular value. R comes from the Cholesky
+decomposition of WᵀW, U_R is carried over by a triangular solve, and Householder's QR takes over where the condition of
+W left the columns of U less than orthonormal. Where the components on
 one side of the cut are enough, the partial solver may find them alone (`harness.decomposition.partial`).
 
 Warning:
@@ -32,6 +34,7 @@ from typing import Literal
 
 import torch
 
+from harness.decomposition.gram import gram_matrix
 from harness.decomposition.partial import (
     GRAM_ERROR_LIMIT,
     Needed,
@@ -43,6 +46,8 @@ from harness.decomposition.partial import (
 )
 
 GRAM_VALUE_LIMIT = 1e-4
+ORTHONORMAL_LIMIT = 1e-9  # of a Cholesky QR, above which Householder's takes over
+COLUMNS = 512  # of a covariance that are held in float64 at a time
 REFERENCE_DAMPING, REFERENCE_LIMIT, REFERENCE_DOUBLINGS = 0.01, 0.05, 60
 
 
@@ -96,22 +101,35 @@ def reference_damping(covariance: torch.Tensor) -> float:
 
 
 def context_svd(
-    W: torch.Tensor, C_damped: torch.Tensor, cut: int, solver: Solver = "auto", needed: Needed = "all"
+    W: torch.Tensor,
+    C_damped: torch.Tensor,
+    cut: int,
+    solver: Solver = "auto",
+    needed: Needed = "all",
+    shift: float = 0.0,
 ) -> ContextSVD:
     """U and Σ of W·C̃ (CorDA++, Eq. 2).
 
     Args:
         W: weight, (out, in), any floating dtype.
-        C_damped: damped input covariance, (in, in).
+        C_damped: damped input covariance, (in, in); or the bare one, with C̃ = C + ``shift``·I.
         cut: the caller separates the first ``cut`` components from the rest; accuracy is judged there.
         solver: ``auto`` takes the partial solver where it is expected to be faster, else the Gram matrix, and falls
             back to the SVD where the Gram matrix is not accurate enough. ``partial`` tries the partial solver first.
         needed: the components to return, ``first``: before the cut, ``rest``: after it. Only then a partial solver
             can be of use.
     """
-    Q, M = _smaller_problem(W, C_damped)
-    found = _solve(M, cut, solver, needed)
-    return found if Q is None else replace(found, U=Q @ found.U)
+    W64 = W.double()
+    if W.shape[0] <= W.shape[1]:
+        return _solve(_times(W64, C_damped, shift), cut, solver, needed)
+    if solver != "svd" and (R := _cholesky_factor(W64)) is not None:
+        found = _solve(_times(R, C_damped, shift), cut, solver, needed)
+        U = W64 @ torch.linalg.solve_triangular(R, found.U, upper=True)
+        if _orthonormal(U):
+            return replace(found, U=U)
+    Q, R = torch.linalg.qr(W64)
+    found = _solve(_times(R, C_damped, shift), cut, solver, needed)
+    return replace(found, U=Q @ found.U)
 
 
 def singular_values(W: torch.Tensor, C_damped: torch.Tensor, solver: Solver = "auto") -> torch.Tensor:
@@ -124,35 +142,53 @@ def singular_values(W: torch.Tensor, C_damped: torch.Tensor, solver: Solver = "a
             would be wrong; ``gram`` never falls back, which is enough for sums over the spectrum. ``partial`` is
             ``auto`` here, where all values are wanted.
     """
-    _, M = _smaller_problem(W, C_damped)
+    W64 = W.double()
+    R = torch.linalg.qr(W64, mode="r")[1] if W.shape[0] > W.shape[1] else W64
+    M = _times(R, C_damped, 0.0)
     if solver != "svd":
-        squares = torch.linalg.eigvalsh(M @ M.T).flip(-1)
+        squares = torch.linalg.eigvalsh(gram_matrix(M)).flip(-1)
         noise = torch.finfo(squares.dtype).eps * float(squares[0])
         if solver == "gram" or noise <= GRAM_VALUE_LIMIT * float(squares[-1]):
             return squares.clamp_min(0).sqrt()
     return torch.linalg.svdvals(M)
 
 
-def _smaller_problem(W: torch.Tensor, C_damped: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Q and M with W·C̃ = Q·M, M no taller than wide: W = Q·R for a tall weight, else no Q and M = W·C̃; float64."""
-    W64, C64 = W.double(), C_damped.double()
-    tall = W.shape[0] > W.shape[1]
-    Q, R = torch.linalg.qr(W64) if tall else (None, W64)
-    return Q, R @ C64
+def _times(R: torch.Tensor, C: torch.Tensor, shift: float) -> torch.Tensor:
+    """R·(C + shift·I) in float64; ``C`` of another dtype is converted some columns at a time, never as a whole."""
+    product = torch.empty_like(R)
+    for first in range(0, C.shape[1], COLUMNS):
+        torch.mm(R, C[:, first : first + COLUMNS].double(), out=product[:, first : first + COLUMNS])
+    return product if shift == 0 else product.add_(R, alpha=shift)
+
+
+def _cholesky_factor(W64: torch.Tensor) -> torch.Tensor | None:
+    """R of W = Q·R from WᵀW = RᵀR: a fraction of Householder's cost; None where W is singular to rounding."""
+    R, info = torch.linalg.cholesky_ex(gram_matrix(W64.T), upper=True)
+    return R if int(info) == 0 else None
+
+
+def _orthonormal(U: torch.Tensor) -> bool:
+    """Whether W·R⁻¹ kept the columns orthonormal: its error grows with the square of W's condition."""
+    error = gram_matrix(U.T)
+    error.diagonal().sub_(1.0)
+    return float(error.abs().max()) <= ORTHONORMAL_LIMIT
 
 
 def _solve(M: torch.Tensor, cut: int, solver: Solver, needed: Needed) -> ContextSVD:
     gram_error = 0.0
     if solver != "svd":
-        G = M @ M.T
+        G = gram_matrix(M)
         found = needed_eigenpairs(G, [cut], needed, solver)
         if found is not None:
-            return _from_partial(found, needed)
-        squares, vectors = torch.linalg.eigh(G)
-        squares, U = squares.flip(-1), vectors.flip(-1)
-        gram_error = estimated_gram_error(squares, cut)
-        if solver == "gram" or gram_error <= GRAM_ERROR_LIMIT:
-            return _from_full(U, squares.clamp_min(0).sqrt(), cut, needed, "gram", gram_error)
+            gram_error = found.gram_error
+            if gram_error <= GRAM_ERROR_LIMIT:
+                return _from_partial(found, needed)
+        else:
+            squares, vectors = torch.linalg.eigh(G)
+            squares, U = squares.flip(-1), vectors.flip(-1)
+            gram_error = estimated_gram_error(squares, cut)
+            if solver == "gram" or gram_error <= GRAM_ERROR_LIMIT:
+                return _from_full(U, squares.clamp_min(0).sqrt(), cut, needed, "gram", gram_error)
     U, sigma, _ = torch.linalg.svd(M, full_matrices=False)
     return _from_full(U, sigma, cut, needed, "svd", gram_error)
 

@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 
+from harness.decomposition.gram import gram_matrix
 from harness.decomposition.partial import (
     GRAM_ERROR_LIMIT,
     Needed,
@@ -64,18 +65,20 @@ def plain_svd(W: torch.Tensor, cuts: int | Sequence[int], solver: Solver = "auto
     columns = needed_columns(needed, cuts)
     gram_error = 0.0
     if solver != "svd":
-        G = M @ M.T
+        G = gram_matrix(M)
         found = needed_eigenpairs(G, cuts, needed, solver)
         if found is not None:
-            largest = max(found.largest, 0.0) ** 0.5
-            sigma = found.values.clamp_min(0).sqrt()
-            return PlainSVD(oriented(found.vectors), side, sigma, "partial", found.gram_error, largest)
-        squares, vectors = torch.linalg.eigh(G)
-        squares, vectors = squares.flip(-1), vectors.flip(-1)
-        gram_error = max(estimated_gram_error(squares, cut) for cut in cuts)
-        if solver == "gram" or gram_error <= GRAM_ERROR_LIMIT:
-            sigma = squares.clamp_min(0).sqrt()
-            return PlainSVD(oriented(vectors[:, columns]), side, sigma[columns], "gram", gram_error, float(sigma[0]))
+            gram_error = found.gram_error
+            if gram_error <= GRAM_ERROR_LIMIT:
+                largest, sigma = max(found.largest, 0.0) ** 0.5, found.values.clamp_min(0).sqrt()
+                return PlainSVD(oriented(found.vectors), side, sigma, "partial", gram_error, largest)
+        else:
+            squares, vectors = torch.linalg.eigh(G)
+            squares, vectors = squares.flip(-1), vectors.flip(-1)
+            gram_error = max(estimated_gram_error(squares, cut) for cut in cuts)
+            if solver == "gram" or gram_error <= GRAM_ERROR_LIMIT:
+                kept, sigma = vectors[:, columns], squares.clamp_min(0).sqrt()
+                return PlainSVD(oriented(kept), side, sigma[columns], "gram", gram_error, float(sigma[0]))
     vectors, sigma, _ = torch.linalg.svd(M, full_matrices=False)
     return PlainSVD(oriented(vectors[:, columns]), side, sigma[columns], "svd", gram_error, float(sigma[0]))
 

@@ -147,7 +147,9 @@ class CorDA(Method):
         components = min(layer.out_features, layer.in_features)
         kpm = self.options.mode == "kpm"
         cut = components - rank if kpm else rank
-        decomposition = context_svd(weight, damped(C, damping), cut, self.solver, "rest" if kpm else "first")
+        decomposition = context_svd(
+            weight, C, cut, self.solver, "rest" if kpm else "first", damping * float(C.diagonal().double().mean())
+        )
         B, A = component_factors(weight, decomposition)
         report = {
             "damping": damping,

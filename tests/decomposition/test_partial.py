@@ -257,8 +257,8 @@ def test_needed_side_is_that_part_of_all() -> None:
             assert part.largest == whole.largest == float(whole.sigma[0])
 
 
-def test_auto_tries_it_where_it_pays() -> None:
-    """1024 and a rank of a sixteenth: the first components of a falling spectrum, and of nothing smaller or flatter."""
+def test_auto_tries_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Krylov space from 1024 and a rank of a sixteenth on; on the CPU LAPACK's range solver up to a quarter."""
     generator = torch.Generator().manual_seed(0)
     M = torch.randn(1024, 1024, generator=generator, dtype=torch.float64)
     falling = (torch.arange(1, 1025).double() ** -0.8)[:, None] * M
@@ -266,8 +266,30 @@ def test_auto_tries_it_where_it_pays() -> None:
     assert plain_svd(falling, 16, "gram", "first").solver == "gram"
     assert not partial.expected_faster(1024, 65, "largest")
     assert not partial.expected_faster(1024, 16, "smallest")
-    assert plain_svd(falling[:256], 16, "auto", "first").solver == "gram"
     assert plain_svd(falling[:256], 4, "auto").solver == "gram"
+    monkeypatch.setattr(partial, "_ritz", lambda *_: pytest.fail("a Krylov space"))
+    for needed, cut in (("first", 64), ("rest", 192)):
+        assert plain_svd(falling[:256], cut, "auto", needed).solver == "partial"
+    for needed, cut in (("first", 65), ("rest", 191)):
+        assert plain_svd(falling[:256], cut, "auto", needed).solver == "gram"
+
+
+@pytest.mark.parametrize("end", ["largest", "smallest"])
+@pytest.mark.parametrize("counts", [(1,), (3, 7, 24), (0, 40)])
+def test_the_range_solver_is_the_full_one(end: partial.End, counts: tuple[int, ...]) -> None:
+    G, Q = with_spectrum(POWER)
+    k = max(counts)
+    found = partial.lapack_subset(G, counts, end)
+    assert found is not None
+    columns = slice(0, k) if end == "largest" else slice(len(G) - k, None)
+    assert projector_error(found.vectors, Q[:, columns]) <= 1e-9
+    assert torch.allclose(found.values, POWER[columns], rtol=1e-9)
+    assert found.beyond == pytest.approx(float(POWER[k if end == "largest" else len(G) - k - 1]), rel=1e-9)
+    assert found.largest == pytest.approx(float(POWER[0]), rel=1e-2)
+    assert found.residual_error < 1e-6
+    tied = torch.full_like(POWER, 1.0)
+    assert partial.lapack_subset(with_spectrum(tied)[0], counts, end).gram_error > partial.GRAM_ERROR_LIMIT
+    assert partial.lapack_subset(G * float("nan"), counts, end) is None
 
 
 @pytest.mark.parametrize("solver", ["auto", "partial"])

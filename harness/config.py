@@ -119,8 +119,8 @@ class InitConfig(Strict):
     """How statistics are collected and layers decomposed; every choice leads to the same numbers, up to rounding.
 
     `collection`: `resident` holds the whole model and all statistics, `streamed` one decoder block and its statistics;
-    `auto` is resident where that fits. `solver`: how singular vectors are found, see docs/decomposition.md. `cache`: keep plain
-    SVDs, statistics and initial adapters for other runs, and take theirs.
+    `auto` is resident where that fits. `solver`: how singular vectors are found, see docs/decomposition.md. `cache`:
+    keep plain SVDs, statistics and initial adapters for other runs, and take theirs.
     """
 
     collection: Literal["auto", "resident", "streamed"] = "auto"

@@ -34,6 +34,7 @@ from typing import Literal
 
 import torch
 
+from harness.decomposition.deflation import dominated, smallest_deflated
 from harness.decomposition.gram import gram_matrix
 from harness.decomposition.partial import (
     GRAM_ERROR_LIMIT,
@@ -178,7 +179,7 @@ def _solve(M: torch.Tensor, cut: int, solver: Solver, needed: Needed) -> Context
     gram_error = 0.0
     if solver != "svd":
         G = gram_matrix(M)
-        found = needed_eigenpairs(G, [cut], needed, solver)
+        found = _partial(M, G, cut, solver, needed)
         if found is not None:
             gram_error = found.gram_error
             if gram_error <= GRAM_ERROR_LIMIT:
@@ -191,6 +192,15 @@ def _solve(M: torch.Tensor, cut: int, solver: Solver, needed: Needed) -> Context
                 return _from_full(U, squares.clamp_min(0).sqrt(), cut, needed, "gram", gram_error)
     U, sigma, _ = torch.linalg.svd(M, full_matrices=False)
     return _from_full(U, sigma, cut, needed, "svd", gram_error)
+
+
+def _partial(M: torch.Tensor, G: torch.Tensor, cut: int, solver: Solver, needed: Needed) -> PartialEigen | None:
+    """The needed eigenpairs of G = M Mᵀ alone; from a deflated M where outliers spoil G, or None."""
+    wanted = len(G) - cut
+    can_deflate = solver in ("auto", "partial") and needed == "rest" and wanted > 0 and G.device.type == "cpu"
+    if can_deflate and dominated(G) and (found := smallest_deflated(M, G, [wanted])) is not None:
+        return found
+    return needed_eigenpairs(G, [cut], needed, solver)
 
 
 def _from_partial(found: PartialEigen, needed: Needed) -> ContextSVD:

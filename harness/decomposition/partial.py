@@ -104,7 +104,7 @@ def lapack_subset(G: torch.Tensor, counts: Sequence[int], end: End) -> PartialEi
     values, X = (torch.from_numpy(part) for part in found)
     if end == "largest":
         values, X = values.flip(0), X.flip(1)
-    top = float(values[0]) if end == "largest" else _largest_eigenvalue(G)
+    top = float(values[0]) if end == "largest" else largest_eigenvalue(G)
     gaps = [abs(float(values[cut - 1] - values[cut])) for cut in cuts]
     gram_error = _EPSILON * top / min(gaps) if min(gaps) > 0 else math.inf
     beyond, values, X = float(values[k]), values[:k], X[:, :k]
@@ -157,7 +157,7 @@ def partial_eigen(G: torch.Tensor, counts: int | Sequence[int], end: End) -> Par
     if end == "largest":
         found = _ritz(G, cuts, None)
         return None if found is None else _accepted(G, *found, cuts, end, None)
-    largest = _largest_eigenvalue(G)
+    largest = largest_eigenvalue(G)
     inverse = _inverse(G, largest)
     found = None if inverse is None else _ritz(inverse, cuts, largest)
     if found is None:
@@ -179,7 +179,7 @@ def _inverse(G: torch.Tensor, largest: float) -> torch.Tensor | None:
     return None
 
 
-def _largest_eigenvalue(G: torch.Tensor) -> float:
+def largest_eigenvalue(G: torch.Tensor) -> float:
     """λ₁ by 16 Lanczos steps: a part of a percent too small in a flat spectrum, exact in a steep one."""
     steps = min(16, len(G))
     v = torch.randn(len(G), generator=torch.Generator().manual_seed(0), dtype=G.dtype).to(G.device)

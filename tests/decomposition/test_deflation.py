@@ -1,0 +1,62 @@
+"""The smallest components beside outliers: right where a Gram matrix is not, and refused where neither is."""
+
+import pytest
+import torch
+
+from harness.decomposition.context_svd import GRAM_ERROR_LIMIT, component_factors, context_svd
+from harness.decomposition.deflation import dominated, smallest_deflated
+from harness.decomposition.gram import gram_matrix
+from tests.decomposition.reference import outlier_problem, paper_block
+
+RANK = 16
+
+
+def relative_error(W: torch.Tensor, C: torch.Tensor, damping: float, solver: str) -> tuple[float, str, float]:
+    cut = min(W.shape) - RANK
+    shift = damping * float(C.diagonal().double().mean())
+    found = context_svd(W, C, cut, solver, "rest", shift)
+    B, A = component_factors(W, found)
+    truth = paper_block(W, C, damping, RANK, "kpm")
+    return float((B @ A - truth).norm() / truth.norm()), found.solver, found.gram_error
+
+
+@pytest.mark.parametrize("factor", [8.0, 60.0, 300.0])
+@pytest.mark.parametrize("shape", [(256, 256), (704, 256), (256, 704)])
+@pytest.mark.parametrize("tokens", [4000, 60])
+@pytest.mark.parametrize("damping", [0.01, 0.001])
+def test_right_beside_outliers(factor: float, shape: tuple[int, int], tokens: int, damping: float) -> None:
+    W, C = outlier_problem(*shape, tokens, factor=factor)
+    error, solver, estimate = relative_error(W, C, damping, "auto")
+    assert solver == "partial"
+    assert error <= 1e-6
+    assert error <= estimate <= GRAM_ERROR_LIMIT
+    if factor == 60.0 and damping == 0.001 and tokens == 60:
+        plain, _, _ = relative_error(W, C, damping, "gram")  # what it is for
+        assert plain > 0.1
+
+
+def test_equal_values_at_the_cut_are_refused() -> None:
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(256, 256, generator=generator, dtype=torch.float64))[0] for _ in range(2))
+    sigma = torch.cat([torch.full((4,), 1e6), torch.linspace(3, 1, 228), torch.full((24,), 0.5)]).double()
+    M = U * sigma @ V.T
+    G = gram_matrix(M)
+    assert dominated(G)
+    found = smallest_deflated(M, G, [8])
+    assert found is None or found.gram_error > GRAM_ERROR_LIMIT
+    whole = smallest_deflated(M, G, [24])
+    assert whole is not None and whole.gram_error <= GRAM_ERROR_LIMIT
+    assert (whole.vectors @ whole.vectors.T - U[:, 232:] @ U[:, 232:].T).norm() <= 1e-6
+
+
+def test_without_outliers_it_is_not_asked() -> None:
+    W, _ = outlier_problem(256, 256, 400, factor=1.0)
+    assert not dominated(gram_matrix(W.double()))
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (256, 300), (700, 700)])
+def test_gram_matrix(shape: tuple[int, int]) -> None:
+    M = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    G = gram_matrix(M)
+    assert torch.allclose(G, M @ M.T, rtol=1e-12, atol=1e-12)
+    assert torch.equal(G, G.T)

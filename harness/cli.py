@@ -1,4 +1,4 @@
-"""The command line: `harness doctor | run | report | methods | demo`, and a command for each stage.
+"""The command line: `harness doctor | run | sweep | report | methods | demo`, and a command for each stage.
 
 And `harness analyse spectrum | covariance | truncation | fisher-overlap`, `harness cache list | verify | prune`.
 """
@@ -64,11 +64,21 @@ def main() -> None:
 
 
 @app.command(epilog="Example: harness run launch/recipes/llama2_7b_math_corda_kpm.yaml train.seed=1")
-def run(config: ConfigFile, overrides: Overrides = None, force: Force = None) -> None:
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    force: Force = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Run on Ray: local, auto, host:port or ray://host:port. See docs/cluster.md."
+        ),
+    ] = None,
+) -> None:
     """Run every stage that is not finished: answers → calibrate → init → prepare → train → export → eval → report."""
     from harness.pipeline import STAGES
 
-    _run(config, overrides, list(STAGES), force)
+    _run(config, overrides, list(STAGES), force, cluster)
 
 
 def _stage_command(name: str, what: str) -> None:
@@ -114,8 +124,9 @@ _stage_command("eval", "Evaluate what was learned and what was kept.")
 def report(
     places: Annotated[list[Path], typer.Argument(help="One config file, or one or more run directories.")],
     out: Annotated[Path, typer.Option(help="Folder of a comparison of several runs.")] = Path("runs/comparison"),
+    baseline: Annotated[str | None, typer.Option(help="The run that others are tested against [the first].")] = None,
 ) -> None:
-    """Write report.md and report.html of one run, or a comparison of several."""
+    """Write report.md, report.html and tables/ of one run, or a comparison of several."""
     from harness.reporting.report import write_comparison, write_report
 
     if len(places) == 1 and places[0].is_file():
@@ -124,7 +135,30 @@ def report(
     for place in places:
         if not (place / "config.yaml").is_file():
             raise UserError(f"report: {place} is no run directory (it has no config.yaml)")
-    print(write_report(places[0]) if len(places) == 1 else write_comparison(places, out))
+    print(write_report(places[0]) if len(places) == 1 else write_comparison(places, out, baseline=baseline))
+
+
+@app.command(epilog="Examples: harness sweep sweep.yaml · harness sweep sweep.yaml --cluster none --out runs/sweep")
+def sweep(
+    config: Annotated[Path, typer.Argument(help="The sweep's YAML file, see docs/sweeps.md.", metavar="SWEEP")],
+    cluster: Annotated[
+        str,
+        typer.Option(help="local: Ray on this machine; none: one run after the other, no Ray; else a Ray address."),
+    ] = "local",
+    out: Annotated[
+        Path | None, typer.Option(help="The sweep's folder; by default <output_dir>/<name of the YAML file>.")
+    ] = None,
+    table: Annotated[bool, typer.Option("--table", help="Run nothing; write the table from what is finished.")] = False,
+) -> None:
+    """Run every combination of a grid, a list and seeds; one table, significance and a Pareto figure at the end."""
+    from harness.cluster.sweep import sweep as run_sweep
+    from harness.cluster.sweep import tabulate
+    from harness.reporting.sweep import print_sweep
+
+    folder, failed = (tabulate(config, out), 0) if table else run_sweep(config, cluster, out)
+    print_sweep(folder)
+    if failed:
+        raise typer.Exit(1)
 
 
 @analyse.command(epilog="Example: harness analyse spectrum config.yaml --layers q_proj --layers layers.3.mlp")
@@ -294,11 +328,21 @@ def cache_prune(
     prune(Cache(), to, kind)
 
 
-def _run(config_file: Path, overrides: list[str] | None, stages: list[str], force: str | None) -> None:
-    from harness.config import load_config
+def _run(
+    config_file: Path, overrides: list[str] | None, stages: list[str], force: str | None, cluster: str | None = None
+) -> None:
+    from harness.config import load_config, read_content
     from harness.reporting.summary import print_summary
     from harness.run import run as run_configuration
 
+    if cluster is None:
+        block = read_content(config_file, overrides).get("cluster")
+        cluster = block.get("address") if isinstance(block, dict) else None
+    if isinstance(cluster, str):
+        from harness.cluster.ray_run import run_file
+
+        run_file(config_file, overrides, stages, force, cluster)
+        return
     print_summary(run_configuration(load_config(config_file, overrides), stages, force))
 
 

@@ -24,6 +24,7 @@ class Strict(BaseModel):
 
 Block = TypeVar("Block", bound=BaseModel)
 PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -157,9 +158,16 @@ class TrainConfig(Strict):
 
 
 class EvalConfig(Strict):
-    """Which tasks say what was kept (`knowledge`) and what was learned (`task`)."""
+    """Which tasks say what was kept (`knowledge`) and what was learned (`task`); either may name suites as well.
 
-    backend: Literal["vllm", "hf"] = "vllm"
+    `server` is the address of a running OpenAI-compatible server, for `backend: server`. `tensor_parallel`:
+    accelerators that one vLLM engine is spread over; `engines`: how many share the items.
+    """
+
+    backend: Literal["vllm", "hf", "server"] = "vllm"
+    server: str | None = None
+    tensor_parallel: PositiveInt = 1
+    engines: PositiveInt = 1
     knowledge: list[str] = []
     task: list[str] = []
     checkpoints: bool = False
@@ -168,6 +176,37 @@ class EvalConfig(Strict):
     data_dir: str | None = None
     include_path: str | None = None
     full_fine_tuning: str | None = None
+
+
+class EvaluationWorkerConfig(Strict):
+    """What the process that evaluates asks of a node; `gpus: auto` is one where the cluster has any."""
+
+    cpus: PositiveInt = 1
+    gpus: NonNegativeInt | Literal["auto"] = "auto"
+    resources: dict[str, PositiveFloat] = {}
+
+
+class ClusterConfig(Strict):
+    """How a run is spread over a Ray cluster, see docs/cluster.md; nothing here changes what is computed.
+
+    One worker is one rank. `init_workers`: how many decompose layers. `storage`: a folder that all nodes share, or an
+    fsspec URL that stages are copied to and from; without it `output_dir` is shared. `on_loss`: go on with the workers
+    that are there, or wait for as many as before. `attempts`: failures in a row without progress that end the run.
+    """
+
+    address: str | None = None
+    cpus_per_worker: PositiveInt = 1
+    gpus_per_worker: NonNegativeInt | Literal["auto"] = "auto"
+    resources_per_worker: dict[str, PositiveFloat] = {}
+    ranks_per_node: PositiveInt | None = None
+    placement: Literal["pack", "strict_pack", "spread", "strict_spread"] = "pack"
+    init_workers: PositiveInt | Literal["auto"] = "auto"
+    evaluation: EvaluationWorkerConfig = EvaluationWorkerConfig()
+    storage: str | None = None
+    environment: dict[str, str] = {}
+    on_loss: Literal["continue", "wait"] = "continue"
+    wait_minutes: NonNegativeFloat = 30
+    attempts: PositiveInt = 3
 
 
 class RunConfig(Strict):
@@ -182,6 +221,7 @@ class RunConfig(Strict):
     penalties: list[dict[str, Any]] = []
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    cluster: ClusterConfig = ClusterConfig()
     output_dir: str = "runs"
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """What every rank runs under the DeepSpeed launcher: calibrate → init → prepare → train → export.
 
 `harness run` starts it with ``--module``; `launch/train.py` is the same for people who call ``deepspeed`` themselves.
+On a Ray cluster the ranks are actors, which call `run_rank` (`harness.cluster`).
 """
 
 import argparse
@@ -12,8 +13,12 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness.errors import mendable
+
+if TYPE_CHECKING:
+    from harness.config import RunConfig
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -32,19 +37,24 @@ def main(arguments: list[str] | None = None) -> None:
     quiet_libraries()
     try:
         from harness.config import load_config
-        from harness.pipeline import run_stages
-        from harness.preflight import check
-        from harness.training.distributed import join_ranks
 
-        config = load_config(options.config, options.overrides)
-        check(config)
-        join_ranks()
-        run_stages(config, options.stages.split(","), options.force)
+        run_rank(load_config(options.config, options.overrides), options.stages.split(","), options.force)
     except Exception as error:
         if (line := mendable(error)) is None:
             raise
         print_once(f"error: {line}")
         sys.exit(2)
+
+
+def run_rank(config: "RunConfig", stages: list[str], force: str | None = None) -> None:
+    """What one rank does, whoever started it: join the others, then run the stages that are not finished."""
+    from harness.pipeline import run_stages
+    from harness.preflight import check
+    from harness.training.distributed import join_ranks
+
+    check(config)
+    join_ranks()
+    run_stages(config, stages, force)
 
 
 def print_once(line: str) -> None:

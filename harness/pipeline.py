@@ -49,6 +49,7 @@ _READS = {
 # What init reads besides, where it chooses an option by short training runs.
 _PROBES_READ = ("train.learning_rate", "train.weight_decay", "train.max_grad_norm")
 LOCK_WAIT_SECONDS = 15.0
+LOCK_WAIT = "PALIMPSEST_LOCK_WAIT_SECONDS"  # a file server may hold the lock of a node that died for longer
 
 
 def run_stages(config: RunConfig, stages: list[str], force: str | None = None) -> None:
@@ -150,7 +151,7 @@ def discard_from(run: RunDirectory, stage: str) -> None:
         "train": [run.checkpoints, run.metrics, run.tensorboard],
         "export": [run.adapter, run.merged, run.frozen_base],
         "eval": [run.results.parent],
-        "report": [run.path / "report.md", run.path / "report.html"],
+        "report": [run.path / "report.md", run.path / "report.html", run.path / "tables"],
     }
     for later in STAGES[STAGES.index(stage) :]:
         _record(run, later).unlink(missing_ok=True)
@@ -170,7 +171,7 @@ def locked(run: RunDirectory) -> Iterator[None]:
     """
     run.path.mkdir(parents=True, exist_ok=True)
     with (run.path / ".lock").open("a+") as file:
-        deadline = time.monotonic() + LOCK_WAIT_SECONDS
+        deadline = time.monotonic() + float(os.environ.get(LOCK_WAIT, LOCK_WAIT_SECONDS))
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

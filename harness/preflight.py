@@ -262,10 +262,19 @@ def _check_tasks(config: RunConfig) -> None:
     names = [*config.eval.knowledge, *config.eval.task]
     if not names:
         return
-    from harness.evaluation.tasks import check_tasks
+    from harness.evaluation.suites import expand
+    from harness.evaluation.tasks import check_data, check_tasks
 
-    folders = [None if p is None else Path(p) for p in (config.eval.include_path, config.eval.data_dir)]
-    check_tasks(names, folders[0], folders[1])
+    if (config.eval.backend == "server") != (config.eval.server is not None):
+        raise UserError(
+            f"eval.server: {config.eval.server!r} given with eval.backend: {config.eval.backend}; the backend server "
+            "takes an address, the others take none"
+        )
+    include_path, data_dir = (None if p is None else Path(p) for p in (config.eval.include_path, config.eval.data_dir))
+    names = expand(names, include_path)
+    check_tasks(names, include_path, data_dir)
+    if data_dir is not None:  # what comes from the hub is looked for by the stage that needs it
+        check_data(names, include_path, data_dir)
     reference = config.eval.full_fine_tuning
     if reference is not None and not (Path(reference) / "eval" / "results.json").is_file():
         raise UserError(

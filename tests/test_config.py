@@ -135,7 +135,9 @@ BAD: dict[str, Bad] = {
         [change("train.learning-rate", 1.0)], ["train.learning-rate", "1.0", "did you mean 'learning_rate'?"]
     ),
     "capital letters": Bad([change("train.Seed", 3)], ["train.Seed", "3", "did you mean 'seed'?"]),
-    "unknown key with the name of a type": Bad([change("list", 2)], ["list", "2", "allowed here: anchor, data"]),
+    "unknown key with the name of a type": Bad(
+        [change("list", 2)], ["list", "2", "allowed here: anchor, cluster, data"]
+    ),
     "key that is no text": Bad([change("eval", {True: 2})], ["eval", "True", "quote it"]),
     "unknown method option": Bad([change("method.rnak", 8)], ["method.rnak", "8", "did you mean 'rank'?"]),
     "missing block": Bad([remove("model")], ["model", "missing", "add it"]),

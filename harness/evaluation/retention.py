@@ -1,33 +1,41 @@
-"""Knowledge kept, task learned, and the balance of the two: K, T and KT of FARSS (appendix A.3, Eq. 36–38).
+"""Knowledge kept, task learned, and the balance of the two: K, T, KT and Avg. of FARSS (appendix A.3, Eq. 36–38).
 
 With W_j the score of a fine-tuned model on knowledge benchmark j, W_j(0) the base model's, S_i its score on task
 benchmark i and S_i(FT) that of full fine-tuning:
 
     K = 1/M Σ_j W_j / W_j(0)        T = 1/N Σ_i S_i / S_i(FT)        KT = 2 K T / (K + T)
 
+Avg. is the plain mean of all scores W_j and S_i. The paper's tables have it without a formula; it is what their numbers
+add up to (full fine-tuning on Math: (47.66 + 3.77 + 6.69 + 50.19 + 7.82) / 5 = 23.23).
+
 Warning:
     K may exceed 1 (the fine-tuned model answers more than the base), and so may T. The equations say nothing about a
     base score of 0 or a missing full fine-tuning result; what is done there is said in `Retention.notes`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 
 @dataclass(frozen=True)
 class Retention:
-    """K, T and KT of one model; a value is None where no task defines it.
+    """K, T, KT and Avg. of one model; a value is None where no task defines it.
 
     Attributes:
         knowledge: K, Eq. 36.
         task: T, Eq. 37; without a full fine-tuning result the mean of the raw task scores.
         balance: KT, Eq. 38, the harmonic mean of the two; 0 where both are 0.
+        average: Avg., the mean of the raw scores on all tasks.
         notes: one sentence for everything that departs from the equations.
     """
 
     knowledge: float | None
     task: float | None
     balance: float | None
+    average: float | None
     notes: tuple[str, ...]
 
 
@@ -38,7 +46,7 @@ def retention(
     task: Sequence[str],
     full_fine_tuning: Mapping[str, float] | None = None,
 ) -> Retention:
-    """K, T and KT of a model with ``scores``; every argument maps a task's name to a score, higher being better.
+    """K, T, KT and Avg. of a model with ``scores``; every argument maps a task's name to a score, higher being better.
 
     Args:
         scores: scores of the fine-tuned model on all tasks.
@@ -47,33 +55,56 @@ def retention(
         task: names of the tasks that say what was learned.
         full_fine_tuning: scores of full fine-tuning on the tasks of ``task``; None where there is no such result.
     """
-    notes: list[str] = []
-    kept = _mean_ratio(scores, base, knowledge, "K", "the base model", notes)
+    notes = _left_out("K", "the base model", base, knowledge)
+    kept = mean_ratio([scores[name] for name in knowledge], [base[name] for name in knowledge])
+    of_task = [scores[name] for name in task]
     if full_fine_tuning is not None:
-        learned = _mean_ratio(scores, full_fine_tuning, task, "T", "full fine-tuning", notes)
+        learned = mean_ratio(of_task, [full_fine_tuning[name] for name in task])
+        notes += _left_out("T", "full fine-tuning", full_fine_tuning, task)
     else:
-        learned = sum(scores[name] for name in task) / len(task) if task else None
+        learned = mean(of_task)
         if task:
             notes.append("T is the raw task score: no full fine-tuning result was given (eval.full_fine_tuning)")
-    return Retention(kept, learned, _harmonic_mean(kept, learned), tuple(notes))
+    every = mean([scores[name] for name in (*knowledge, *task)])
+    values = [_number(value) for value in (kept, learned, harmonic_mean(kept, learned), every)]
+    return Retention(*values, notes=tuple(notes))
 
 
-def _mean_ratio(
-    scores: Mapping[str, float],
-    reference: Mapping[str, float],
-    names: Sequence[str],
-    symbol: str,
-    whose: str,
-    notes: list[str],
-) -> float | None:
-    usable = [name for name in names if reference[name] != 0]
+def mean_ratio(scores: Sequence[float | np.ndarray], references: Sequence[float | np.ndarray]) -> np.ndarray:
+    """Eq. 36 and 37: the mean over tasks of score / reference, those of reference 0 left out; NaN where none is left.
+
+    Args:
+        scores: for each task a number, or numbers [n] of n resamples.
+        references: the same; lengths 1 and n may stand side by side.
+    """
+    if not scores:
+        return np.array(math.nan)
+    above, below = (np.stack(np.broadcast_arrays(*values)) for values in (scores, references))
+    above, below = np.broadcast_arrays(above.astype(np.float64), below.astype(np.float64))
+    usable = below != 0
+    ratios = np.divide(above, below, out=np.zeros(above.shape), where=usable)
+    counts = usable.sum(axis=0)
+    return np.divide(ratios.sum(axis=0), counts, out=np.full(counts.shape, math.nan), where=counts > 0)
+
+
+def mean(scores: Sequence[float | np.ndarray]) -> np.ndarray:
+    """The mean over tasks of scores as those of `mean_ratio`; NaN where there are none."""
+    if not scores:
+        return np.array(math.nan)
+    return np.stack(np.broadcast_arrays(*scores)).mean(axis=0, dtype=np.float64)
+
+
+def harmonic_mean(kept: np.ndarray, learned: np.ndarray) -> np.ndarray:
+    """Eq. 38; 0 where both are 0, NaN where one is NaN."""
+    kept, learned = np.broadcast_arrays(kept, learned)
+    total = kept + learned
+    return np.divide(2 * kept * learned, total, out=np.array(total, dtype=np.float64), where=total != 0)
+
+
+def _left_out(symbol: str, whose: str, reference: Mapping[str, float], names: Sequence[str]) -> list[str]:
     left_out = [name for name in names if reference[name] == 0]
-    if left_out:
-        notes.append(f"{symbol} leaves out {', '.join(left_out)}: the score of {whose} is 0 there")
-    return sum(scores[name] / reference[name] for name in usable) / len(usable) if usable else None
+    return [f"{symbol} leaves out {', '.join(left_out)}: the score of {whose} is 0 there"] if left_out else []
 
 
-def _harmonic_mean(kept: float | None, learned: float | None) -> float | None:
-    if kept is None or learned is None:
-        return None
-    return 2 * kept * learned / (kept + learned) if kept + learned else 0.0
+def _number(value: np.ndarray) -> float | None:
+    return None if np.isnan(value) else float(value)

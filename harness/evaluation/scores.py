@@ -1,9 +1,11 @@
 """From what lm-eval returns to one score for each task."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
+
+from harness.evaluation.items import Item, items_of
 
 
 @dataclass(frozen=True)
@@ -12,12 +14,14 @@ class TaskScore:
 
     Attributes:
         stderr: standard error of the mean over items; None where the score is no mean of item scores.
+        others: the task's other metrics under that filter, by name.
     """
 
     metric: str
     value: float
     stderr: float | None
     items: int
+    others: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class CandidateScores:
         seconds: wall-clock time of the evaluation, the engine's loading not counted.
         samples_per_second: items of all tasks over ``seconds``.
         answers: each task's raw responses in the order of its items, as text.
+        items: each task's items; those of a group are its tasks' items.
     """
 
     name: str
@@ -36,25 +41,53 @@ class CandidateScores:
     seconds: float
     samples_per_second: float
     answers: dict[str, list[str]]
+    items: dict[str, list[Item]]
 
 
-def task_score(name: str, loaded: Any, found: Any) -> TaskScore:
-    """The score of the task or group ``name``.
+def task_score(name: str, loaded: Any, found: Any) -> tuple[TaskScore, list[Item]]:
+    """The score and the items of the task or group ``name``.
 
     Args:
         loaded: lm-eval's tasks and groups, see `harness.evaluation.tasks.load_tasks`.
         found: what lm-eval's ``evaluate`` returned, samples included.
     """
     values = {key: value for key, value in found["results"][name].items() if _is_metric(key)}
-    listed = _first_metric(loaded["tasks"][name]) if name in loaded["tasks"] else None
+    if name not in loaded["tasks"]:
+        return _group_score(name, loaded, found, values)
+    task = loaded["tasks"][name]
+    listed = _first_metric(task)
     key = next((key for key in values if key.split(",")[0] == listed), next(iter(values)))
     metric, filter_name = key.split(",")
-    if name not in loaded["tasks"]:
-        leaves = [task.task_name for task in loaded["groups"][name].get_all_tasks()]
-        return TaskScore(metric, float(values[key]), None, sum(found["n-samples"][n]["effective"] for n in leaves))
-    of_items = [sample[metric] for sample in found["samples"][name] if sample["filter"] == filter_name]
-    stderr = _stderr_of_mean(of_items, float(values[key]))
-    return TaskScore(metric, float(values[key]), stderr, found["n-samples"][name]["effective"])
+    score, samples = float(values[key]), _filtered(found, name, filter_name)
+    of_items = [sample[metric] for sample in samples]
+    scored = _is_mean(of_items, score)
+    stderr = stdev(map(float, of_items)) / len(of_items) ** 0.5 if scored and len(of_items) > 1 else None
+    items = items_of(task, samples, metric, scored)
+    others = {
+        other.split(",")[0]: float(value)
+        for other, value in values.items()
+        if other != key and other.endswith(f",{filter_name}")
+    }
+    return TaskScore(metric, score, stderr, found["n-samples"][name]["effective"], others), items
+
+
+def _group_score(name: str, loaded: Any, found: Any, values: dict[str, Any]) -> tuple[TaskScore, list[Item]]:
+    """A group's first metric; its items have scores where the group's score is their mean."""
+    key = next(iter(values))
+    metric, filter_name = key.split(",")
+    leaves = {task.task_name: task for task in loaded["groups"][name].get_all_tasks()}
+    samples = {leaf: _filtered(found, leaf, filter_name) for leaf in leaves}
+    scored = _is_mean([sample.get(metric) for some in samples.values() for sample in some], float(values[key]))
+    items = [
+        item
+        for leaf, task in leaves.items()
+        for item in items_of(task, samples[leaf], metric, scored, prefix=f"{leaf}/")
+    ]
+    return TaskScore(metric, float(values[key]), None, sum(found["n-samples"][n]["effective"] for n in leaves)), items
+
+
+def _filtered(found: Any, name: str, filter_name: str) -> list[Any]:
+    return [sample for sample in found["samples"][name] if sample["filter"] == filter_name]
 
 
 def _is_metric(key: str) -> bool:
@@ -68,13 +101,11 @@ def _first_metric(task: Any) -> str | None:
     return getattr(first, "__name__", first)
 
 
-def _stderr_of_mean(values: Sequence[Any], score: float) -> float | None:
-    """s / √n where the score is the mean of the items' values, else None."""
-    if len(values) < 2 or not all(isinstance(value, int | float) for value in values):
-        return None
-    if abs(fmean(values) - score) > 1e-9:
-        return None
-    return stdev(float(value) for value in values) / len(values) ** 0.5
+def _is_mean(values: Sequence[Any], score: float) -> bool:
+    """Whether ``score`` is the mean of the items' values."""
+    if not values or not all(isinstance(value, int | float) for value in values):
+        return False
+    return abs(fmean(values) - score) <= 1e-9
 
 
 def answers_of(samples: Sequence[Any]) -> list[str]:

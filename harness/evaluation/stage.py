@@ -1,19 +1,24 @@
-"""The evaluation of a run: base, final model and checkpoints on the same tasks, with K, T and KT for each."""
+"""The evaluation of a run: base, final model and checkpoints on the same tasks, with K, T, KT and Avg. for each.
 
-from collections.abc import Sequence
+``eval/results.json`` holds scores, quantities and intervals, ``eval/items/<model>.jsonl`` what each model answered.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness.console import say
 from harness.errors import UserError
-from harness.evaluation import base_cache
+from harness.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Cell
 from harness.evaluation.candidates import Candidate
 from harness.evaluation.engines import evaluate
+from harness.evaluation.intervals import Intervals, Measured, full_fine_tuning_cells, retention_intervals
+from harness.evaluation.items import item_scores, write_items
 from harness.evaluation.retention import Retention, retention
 from harness.evaluation.scores import CandidateScores
 from harness.evaluation.tasks import check_tasks
-from harness.files import read_json, write_json
+from harness.files import publish_directory, read_json, write_json
 from harness.run_directory import RunDirectory
 
 SCHEMA = 1
@@ -33,8 +38,11 @@ def evaluate_run(
     batch_size: int = 64,
     checkpoints: bool = False,
     full_fine_tuning: Path | None = None,
+    tensor_parallel: int = 1,
+    engines: int = 1,
+    server: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a run and write ``eval/results.json``.
+    """Evaluate a run and write ``eval/results.json`` and ``eval/items/``.
 
     Args:
         base_model: folder or hub id of the model that the run started from.
@@ -43,9 +51,11 @@ def evaluate_run(
         task: tasks that say what was learned (T).
         checkpoints: evaluate every saved checkpoint too; the last one is the final model and is evaluated once.
         full_fine_tuning: run directory of an evaluated full fine-tuning run, the reference of T.
+        tensor_parallel, engines, server: see `harness.evaluation.engines.evaluate`.
 
     Returns:
-        What was written: scores, seconds, K, T and KT of every model, K, T and KT of the final one, and notes.
+        What was written: scores, seconds, K, T, KT, Avg. and their intervals of every model, those of the final one,
+        and notes.
 
     Raises:
         UserError: nothing was exported yet, a task is unknown, or ``full_fine_tuning`` has no usable result.
@@ -60,38 +70,55 @@ def evaluate_run(
         "data_dir": data_dir,
         "include_path": include_path,
         "limit": limit,
+        "tensor_parallel": tensor_parallel,
+        "engines": engines,
+        "server": server,
     }
-    entry = base_cache.entry_path(base_model, names, **options)
-    base = base_cache.read(entry) if entry is not None else None
-    if base is not None:
-        say(f"eval: base: scores are known ({entry})")
-        evaluated = evaluate(tuned, names, batch_size=batch_size, **options)
-    else:
-        base, *evaluated = evaluate(
-            [Candidate("base", None, base_model), *tuned], names, batch_size=batch_size, **options
-        )
-        if entry is not None:
-            base_cache.write(entry, base)
+    base, *evaluated = evaluate([Candidate("base", None, base_model), *tuned], names, batch_size=batch_size, **options)
+    described = {"schema": SCHEMA, "base_model": base_model, "engine": backend}
+    content = described | results(base, evaluated, knowledge, task, full_fine_tuning, reference)
+    write_all_items(RunDirectory(run).items, [base, *evaluated])
+    write_json(RunDirectory(run).results, content)
+    return content
 
+
+def results(
+    base: CandidateScores,
+    evaluated: Sequence[CandidateScores],
+    knowledge: Sequence[str],
+    task: Sequence[str],
+    full_fine_tuning: Path | None,
+    reference: Mapping[str, float] | None,
+) -> dict[str, Any]:
+    """What ``eval/results.json`` says about the base and the tuned models, of which the last is the final one.
+
+    Args:
+        full_fine_tuning: run directory that T is measured against.
+        reference: that run's scores on the tasks of ``task``.
+    """
+    reference_cells = None if full_fine_tuning is None else full_fine_tuning_cells(full_fine_tuning, reference or {})
     base_values = _values(base)
-    balances = [retention(_values(model), base_values, knowledge, task, reference) for model in evaluated]
+    balances = [retention(_values(model), base_values, knowledge, task, reference) for model in [base, *evaluated]]
+    base_cells = _cells(base)
+    intervals = [
+        retention_intervals(Measured(tuple(knowledge), tuple(task), _cells(model), base_cells, reference_cells))
+        for model in [base, *evaluated]
+    ]
     final = balances[-1]
-    results = {
-        "schema": SCHEMA,
-        "base_model": base_model,
-        "engine": backend,
+    return {
         "knowledge": list(knowledge),
         "task": list(task),
         "models": [
-            _record(base),
-            *(_record(model) | _balance(balance) for model, balance in zip(evaluated, balances, strict=True)),
+            _record(model) | _balance(balance) | {"intervals": _bounds(found, of_base=model is base)}
+            for model, balance, found in zip([base, *evaluated], balances, intervals, strict=True)
         ],
         **_balance(final),
+        "intervals": _bounds(intervals[-1]),
+        "bootstrap": {"confidence": CONFIDENCE, "resamples": RESAMPLES},
         "T_reference": None if full_fine_tuning is None else str(full_fine_tuning),
-        "notes": list(final.notes),
+        "T_reference_scores": None if reference is None else dict(reference),
+        "notes": [*final.notes, *intervals[-1].notes],
     }
-    write_json(RunDirectory(run).results, results)
-    return results
 
 
 def tuned_candidates(base_model: str, run: RunDirectory, checkpoints: bool) -> list[Candidate]:
@@ -131,15 +158,38 @@ def _reference(run: Path, task: Sequence[str]) -> dict[str, float]:
     return {name: final["scores"][name]["value"] for name in task}
 
 
+def _cells(model: CandidateScores) -> dict[str, Cell]:
+    cells: dict[str, Cell] = {}
+    for name, score in model.scores.items():
+        known = item_scores(model.items.get(name, []))
+        cells[name] = score.value if known is None else known
+    return cells
+
+
+def write_all_items(folder: Path, models: Sequence[CandidateScores]) -> None:
+    """A file for each model; the folder appears whole, without files of an earlier evaluation."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".items-", dir=folder.parent) as temporary:
+        staging = Path(temporary) / folder.name
+        for model in models:
+            write_items(staging / f"{model.name}.jsonl", model.items)
+        publish_directory(staging, folder)
+
+
 def _values(scores: CandidateScores) -> dict[str, float]:
     return {name: score.value for name, score in scores.scores.items()}
 
 
 def _record(scores: CandidateScores) -> dict[str, Any]:
     content = asdict(scores)
-    del content["answers"]
+    del content["answers"], content["items"]
     return content
 
 
 def _balance(balance: Retention) -> dict[str, float | None]:
-    return {"K": balance.knowledge, "T": balance.task, "KT": balance.balance}
+    return {"K": balance.knowledge, "T": balance.task, "KT": balance.balance, "Avg": balance.average}
+
+
+def _bounds(intervals: Intervals, of_base: bool = False) -> dict[str, list[float]]:
+    """Intervals as pairs. The base's K is 1 by definition and has none."""
+    return {name: list(bounds) for name, bounds in intervals.by_quantity.items() if not (of_base and name == "K")}

@@ -1,7 +1,9 @@
-"""Finding evaluation tasks by name: the user's YAML files, then the packaged ones, then lm-eval's own.
+"""Finding evaluation tasks by name: the user's YAML files, the packaged ones, tasks of suites, then lm-eval's own.
 
 A local task is an ordinary lm-eval YAML file. One thing is added to the format: relative ``data_files`` are looked up
 in `eval.data_dir` (without it, beside the YAML file), so that a task and its data can live in different places.
+A task of a suite is lm-eval's with changes (`harness.evaluation.suites`); its data are taken from `eval.data_dir` if
+they are there, else from the hub.
 
 Names are checked when a run is configured, long before a model is loaded. Nothing here imports lm-eval or torch until
 `load_tasks` is called.
@@ -14,13 +16,16 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from harness.errors import UserError
+from harness.evaluation.hub_data import find_files, missing_data, on_hub
+from harness.evaluation.sandbox import mechanism
+from harness.evaluation.suites import SuiteTask, suite_files
 from harness.resources import find
 
 if TYPE_CHECKING:
@@ -34,17 +39,20 @@ _TAG = re.compile(r"^tag:[ \t]*(.*(?:\n[ \t]*-[ \t].*)*)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class LocalTask:
-    """A task or group defined by a YAML file of the user or of the package.
+    """A task or group defined by a YAML file of the user or of the package, or by a suite.
 
     Attributes:
         name: the value of ``task`` or ``group``.
-        path: the YAML file.
-        config: its content with ``include`` resolved; ``!function`` values are left as text.
+        path: the YAML file; a suite's task has its base's.
+        config: its content with ``include`` resolved and a suite's changes; ``!function`` values are left as text.
+        suite: what a suite says about it, and the suite's file.
     """
 
     name: str
     path: Path
     config: Mapping[str, Any]
+    suite: SuiteTask | None = None
+    suite_file: Path | None = None
 
     @property
     def members(self) -> list[str]:
@@ -79,7 +87,8 @@ def resolve_tasks(
 
     Raises:
         UserError: a name is unknown (the nearest names are given), is asked for twice, stands for a list of tasks
-            rather than for one score, or its data file is missing.
+            rather than for one score, its data file is missing, something that it needs is not installed, or it runs
+            code that the model writes where there is no sandbox.
     """
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
@@ -88,9 +97,16 @@ def resolve_tasks(
     resolved: dict[str, Mapping[str, Any]] = {}
     for name in names:
         resolved[name] = local[name].config if name in local else _read_yaml(_installed_file(name, local))
+        if resolved[name].get("unsafe_code"):
+            ours = ", ".join(sorted(task for task in local if _runs_code(local[task].config)))
+            raise UserError(f"eval: the task '{name}' runs code that the model writes outside a sandbox; use {ours}")
         if name in local:
             for task in _leaves(name, local):
                 data_files(task, data_dir)
+                if task.suite is not None:
+                    task.suite.needs.check(task.name)
+                if _runs_code(task.config):
+                    mechanism()
             for member in _installed_members(name, local):
                 _installed_file(member, local)
         if "group" in resolved[name] and not resolved[name].get("aggregate_metric_list"):
@@ -109,9 +125,10 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None, data_dir:
         lm-eval's ``{"tasks": {name: Task}, "groups": {name: Group}, "group_map": …}``, ready for its ``evaluate``.
 
     Raises:
-        UserError: as `resolve_tasks`.
+        UserError: as `resolve_tasks` and `check_data`.
     """
     resolved = resolve_tasks(names, include_path, data_dir)
+    check_data(names, include_path, data_dir)
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._index import Entry, TaskIndex
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -129,20 +146,42 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None, data_dir:
             entry = TaskIndex.entry_from_path(path)
             assert entry is not None, path
             index[name] = entry
-    for task in {leaf.name: leaf for name in names if name in local for leaf in _leaves(name, local)}.values():
+    for task in {node.name: node for name in names if name in local for node in _nodes(name, local)}.values():
+        if "group" in task.config and task.suite is None:
+            continue  # it is in a folder of tasks, where lm-eval has found it
         config = load_yaml(task.path, resolve_func=True)
+        if task.suite is not None:
+            config = task.suite.applied(config)
         if files := data_files(task, data_dir):
-            config["dataset_kwargs"] = {**config["dataset_kwargs"], "data_files": files}
-        entry = index[task.name]
+            config = _with_files(config, files, of_suite=task.suite is not None)
+        entry = index[task.name] if task.name in index else TaskIndex.entry_from_path(task.path)
+        assert entry is not None, task.path
         index[task.name] = Entry(name=task.name, kind=entry.kind, yaml_path=None, cfg=config, tags=entry.tags)
     return manager.load(list(names))
 
 
-def local_tasks(include_path: Path | None = None) -> dict[str, LocalTask]:
-    """Every task and group of the user's and the package's YAML files by name; the user's win.
+def check_data(names: Sequence[str], include_path: Path | None = None, data_dir: Path | None = None) -> None:
+    """Check that the data of suites' tasks can be read: from ``data_dir``, or from the hub if that can be reached.
 
     Raises:
-        UserError: the folder does not exist, or one of its files is not valid YAML.
+        UserError: neither is so; says what to download where.
+    """
+    local = local_tasks(include_path)
+    for task in (leaf for name in names if name in local for leaf in _leaves(name, local)):
+        if (
+            task.suite is not None
+            and task.suite.data
+            and data_files(task, data_dir) is None
+            and not on_hub(task.config)
+        ):
+            raise missing_data(task.name, task.config, task.suite, data_dir)
+
+
+def local_tasks(include_path: Path | None = None) -> dict[str, LocalTask]:
+    """Every task and group of the user's and the package's YAML files and suites by name; the user's files win.
+
+    Raises:
+        UserError: the folder does not exist, one of its files is not valid YAML, or a name means two things.
     """
     found: dict[str, LocalTask] = {}
     for folder in _folders(include_path):
@@ -151,15 +190,53 @@ def local_tasks(include_path: Path | None = None) -> dict[str, LocalTask]:
             name = config.get("group", config.get("task"))
             if isinstance(name, str):
                 found[name] = LocalTask(name, path, config)
+    if _installed_files():
+        _add_suites(found, include_path)
     return found
+
+
+def _add_suites(found: dict[str, LocalTask], include_path: Path | None) -> None:
+    files = dict(found)
+    for path, suite in suite_files(include_path):
+        if suite.suite in files:
+            raise UserError(
+                f"eval: '{suite.suite}' is a suite ({path}) and a task ({files[suite.suite].path}); rename one of them"
+            )
+        for task in suite.tasks:
+            for one in (task, *task.members) if isinstance(task, SuiteTask) else ():
+                of_user = (
+                    one.task in files and include_path is not None and include_path in files[one.task].path.parents
+                )
+                if not of_user:
+                    _add_suite_task(found, files, one, path)
+
+
+def _add_suite_task(found: dict[str, LocalTask], files: Mapping[str, LocalTask], task: SuiteTask, suite: Path) -> None:
+    base = task.base or task.task
+    if task.is_changed and base == task.task:
+        raise UserError(
+            f"eval: {suite} changes the task '{base}' under its own name; give it another (task: …, from: …)"
+        )
+    other = found.get(task.task)
+    if other is not None and other.suite is not None and other.suite != task and other.suite_file != suite:
+        raise UserError(f"eval: {other.suite_file} and {suite} say two things about the task '{task.task}'; rename one")
+    if base in files:
+        path = files[base].path
+    else:
+        path = _tasks_folder() / base if base.endswith(".yaml") else _installed_file(base, files)
+    found[task.task] = LocalTask(task.task, path, task.applied(_read_yaml(path)), task, suite)
 
 
 def data_files(task: LocalTask, data_dir: Path | None) -> Any:
     """The ``data_files`` of a task with relative paths made absolute, in the shape they have in the YAML.
 
+    A suite's task has its files in ``data_dir``; None if none of them is there.
+
     Raises:
         UserError: a file is not there.
     """
+    if task.suite is not None and task.suite.data:
+        return find_files(task.name, task.config, task.suite, data_dir)
 
     def absolute(file: str) -> str:
         if _REMOTE.match(file):
@@ -192,9 +269,9 @@ def sources(name: str, include_path: Path | None, data_dir: Path | None) -> list
         files += _code(task.path)
         files += [Path(match) for file in _flat(data_files(task, data_dir)) for match in sorted(glob.glob(file))]
     files += [_installed_file(member, local) for member in _installed_members(name, local)]
-    if "group" in local[name].config:
-        files.append(local[name].path)
-    return files
+    nodes = _nodes(name, local)
+    files += [node.path for node in nodes if "group" in node.config]
+    return [*files, *sorted({node.suite_file for node in nodes if node.suite_file is not None})]
 
 
 def _folders(include_path: Path | None) -> Iterator[Path]:
@@ -214,6 +291,28 @@ def _leaves(name: str, local: Mapping[str, LocalTask]) -> list[LocalTask]:
     return [leaf for member in task.members if member in local for leaf in _leaves(member, local)]
 
 
+def _nodes(name: str, local: Mapping[str, LocalTask]) -> list[LocalTask]:
+    """The local task or group of a name, and all local tasks and groups below it."""
+    task = local[name]
+    return [task, *(node for member in task.members if member in local for node in _nodes(member, local))]
+
+
+def _runs_code(config: Mapping[str, Any]) -> bool:
+    return bool((config.get("metadata") or {}).get("runs_generated_code"))
+
+
+def _with_files(config: dict[str, Any], files: Any, *, of_suite: bool) -> dict[str, Any]:
+    """A task's configuration over local files; splits that a suite names no file for are no longer the task's."""
+    kwargs = {**(config.get("dataset_kwargs") or {}), "data_files": files}
+    if not of_suite:
+        return config | {"dataset_kwargs": kwargs}
+    splits = ("training_split", "validation_split", "test_split", "fewshot_split")
+    config = config | {key: None for key in splits if config.get(key) not in files}
+    suffix = Path(_flat(files)[0]).suffix
+    builder = {".jsonl": "json", ".txt": "text"}.get(suffix, suffix.removeprefix("."))
+    return config | {"dataset_path": builder, "dataset_name": None, "dataset_kwargs": kwargs}
+
+
 def _installed_members(name: str, local: Mapping[str, LocalTask]) -> list[str]:
     """Members of a local group that are lm-eval's own tasks, its subgroups' included."""
     children = local[name].config.get("task") or [] if "group" in local[name].config else []
@@ -225,8 +324,8 @@ def _installed_members(name: str, local: Mapping[str, LocalTask]) -> list[str]:
 
 def _installed_file(name: str, local: Mapping[str, LocalTask]) -> Path:
     """The YAML file of one of lm-eval's own tasks."""
-    for path in _installed_files():
-        if path.stem == name and name in _DECLARATION.findall(path.read_text(encoding="utf-8")):
+    for path in _installed_stems().get(name, ()):
+        if name in _DECLARATION.findall(path.read_text(encoding="utf-8")):
             return path
     declared = _installed_names()
     if name in declared:
@@ -248,8 +347,22 @@ def _installed_files() -> tuple[Path, ...]:
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or spec.origin is None:
         return ()
-    root = Path(spec.origin).parent / "tasks"
-    return tuple(Path(folder, file) for folder, _, files in os.walk(root) for file in files if file.endswith(".yaml"))
+    walked = os.walk(_tasks_folder())
+    return tuple(Path(folder, file) for folder, _, files in walked for file in files if file.endswith(".yaml"))
+
+
+@cache
+def _installed_stems() -> dict[str, list[Path]]:
+    stems: dict[str, list[Path]] = {}
+    for path in _installed_files():
+        stems.setdefault(path.stem, []).append(path)
+    return stems
+
+
+def _tasks_folder() -> Path:
+    spec = importlib.util.find_spec("lm_eval")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent / "tasks"
 
 
 @cache
@@ -298,6 +411,16 @@ def _includes(content: Mapping[str, Any]) -> list[str]:
 
 
 def _parse(path: Path) -> dict[str, Any]:
+    try:
+        stamp = path.stat()
+    except OSError as error:
+        raise UserError(f"eval.include_path: {path} cannot be read: {error.strerror}") from error
+    return _parse_version(path, stamp.st_mtime_ns, stamp.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _parse_version(path: Path, changed: int, size: int) -> dict[str, Any]:
+    """A file's content, read again only after it has changed; nobody may write into it."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:

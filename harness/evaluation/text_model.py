@@ -66,7 +66,7 @@ class TextModel(TemplateLM):
     def __init__(self, model: str | Path) -> None:
         super().__init__()
         self.path = str(model)
-        self.config = _load_config(self.path)
+        self.config = load_config(self.path)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.path)
         self.end_tokens = _end_tokens(self.path, self.tokenizer, self.config)
         self.max_length = min(resolve_max_length(self.config, self.tokenizer), LONGEST_CONTEXT)
@@ -191,7 +191,8 @@ class TextModel(TemplateLM):
         return postprocess_generated_text(text, list(stop), None)
 
 
-def _load_config(path: str) -> PretrainedConfig:
+def load_config(path: str) -> PretrainedConfig:
+    """The configuration of a model folder or hub id; a `UserError` where there is none."""
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except OSError as error:

@@ -40,9 +40,10 @@ class VLLMEngine(TextModel):
         dtype: float32, bfloat16 or float16, for weights, adapters and KV cache.
         largest_rank: the largest rank of any layer of any adapter that will be used; 0 for none.
         gpu_memory_utilization: share of the GPU's memory that vLLM takes; None for vLLM's default.
+        tensor_parallel: GPUs that the model is spread over.
 
     Raises:
-        UserError: vLLM is not installed, or ``largest_rank`` is larger than vLLM allows.
+        UserError: vLLM is not installed, ``largest_rank`` is larger than vLLM allows, or there are too few GPUs.
     """
 
     def __init__(
@@ -53,8 +54,11 @@ class VLLMEngine(TextModel):
         largest_rank: int = 0,
         seed: int = 0,
         gpu_memory_utilization: float | None = None,
+        tensor_parallel: int = 1,
     ) -> None:
         prepare_environment()
+        if tensor_parallel > 1 and (count := torch.cuda.device_count()) < tensor_parallel:
+            raise UserError(f"eval.tensor_parallel: {tensor_parallel} given; there are {count} GPUs here")
         super().__init__(model)
         from vllm import LLM
 
@@ -70,6 +74,8 @@ class VLLMEngine(TextModel):
             "use_tqdm_on_load": False,
             "disable_log_stats": True,
         }
+        if tensor_parallel > 1:
+            options["tensor_parallel_size"] = tensor_parallel
         if largest_rank:
             options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": allowed_lora_rank(largest_rank)}
         if gpu_memory_utilization is not None:
@@ -180,8 +186,7 @@ def allowed_lora_rank(rank: int) -> int:
     ranks = lora_ranks()
     if rank > ranks[-1]:
         raise UserError(
-            f"eval.backend: vllm serves adapters up to rank {ranks[-1]}, this one has rank {rank}; "
-            "evaluate the merged model, or set eval.backend to hf"
+            f"eval.backend: vllm serves adapters up to rank {ranks[-1]}, this one has rank {rank}; merge it first"
         )
     return next(allowed for allowed in ranks if allowed >= rank)
 

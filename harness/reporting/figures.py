@@ -1,4 +1,4 @@
-"""The figures of a report: training loss, forgetting, the K–T plane, ranks by layer.
+"""The figures of a report: training loss, forgetting, the K–T plane, the Pareto front, ranks by layer.
 
 Every figure is drawn narrow (a phone's width) with text of 8–9 points, so that it is as readable on a phone,
 where it fills the width, as on a desk, where two stand side by side. Colours are those of Okabe and Ito
@@ -92,11 +92,13 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class KTPoint:
-    """One model in the K–T plane; ``step`` 0 is the base."""
+    """One model in the K–T plane; ``step`` 0 is the base. Intervals where they are known."""
 
     step: int
     T: float
     K: float
+    T_interval: tuple[float, float] | None = None
+    K_interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,16 @@ def kt_path(record: RunRecord, label: str | None = None) -> KTPath | None:
     placed = [model for model in models if model.K is not None and model.T is not None]
     if not any(model.step for model in placed):
         return None
-    points = tuple(KTPoint(model.step or 0, float(model.T or 0), float(model.K or 0)) for model in placed)
+    points = tuple(
+        KTPoint(
+            step=model.step or 0,
+            T=float(model.T or 0),
+            K=float(model.K or 0),
+            T_interval=model.intervals.get("T"),
+            K_interval=model.intervals.get("K"),
+        )
+        for model in placed
+    )
     return KTPath(label or record.name, points, ends=placed[-1].name == "final")
 
 
@@ -139,7 +150,10 @@ def loss_figure(runs: Sequence[RunRecord], labels: Sequence[str] = (), kind: Kin
 
 
 def forgetting_figure(runs: Sequence[RunRecord], labels: Sequence[str] = (), kind: Kind = "svg") -> bytes | None:
-    """Loss and token accuracy on the preserve set over steps; below K of the evaluated models (for one run, T too)."""
+    """Loss and token accuracy on the preserve set over steps; below K of the evaluated models (for one run, T too).
+
+    K and T stand with their 95 % intervals, as bands, where these are known.
+    """
     curves = [key for key in _PRESERVE if any(_has_points(run, key) for run in runs)]
     paths = [(index, path) for index, run in enumerate(runs) if (path := kt_path(run)) and len(path.points) > 1]
     count = len(curves) + bool(paths)
@@ -156,14 +170,18 @@ def forgetting_figure(runs: Sequence[RunRecord], labels: Sequence[str] = (), kin
             alone = len(runs) == 1
             for index, path in paths:
                 steps = [point.step for point in path.points]
+                _draw_band(axes, steps, [point.K_interval or (point.K, point.K) for point in path.points], index)
                 axes.plot(steps, [point.K for point in path.points], **_line(index, marked=True))
                 if alone:
+                    _draw_band(axes, steps, [point.T_interval or (point.T, point.T) for point in path.points], 1)
                     axes.plot(steps, [point.T for point in path.points], **_line(1, marked=True))
             axes.set_title("K: knowledge kept" if not alone else "K: knowledge kept, T: task learned")
             axes.axhline(1.0, color=_LIGHT["muted"], linewidth=0.9, linestyle=(0, (3, 2)), zorder=1)
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]), top=max(1.06, axes.get_ylim()[1]))
             if alone:
-                axes.legend(["K", "T"], ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1)
+                axes.legend(
+                    axes.lines[:2], ["K", "T"], ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1
+                )
         panels[-1].set_xlabel("optimiser step (0: the base model)")
         _legend(figure, labels)
         return _render(figure, "forgetting", kind)
@@ -246,6 +264,49 @@ def kt_figure(paths: Sequence[KTPath], t_axis: str = "task learned", kind: Kind 
                 if point.step:
                     taken.label(str(point.step), (point.T, point.K), _line(index)["color"])
         return _render(figure, "kt", kind)
+
+
+def on_front(points: Sequence[KTPoint]) -> list[bool]:
+    """Whether each point is on the Pareto front: no other has as much of T and of K, and more of one."""
+    return [
+        not any(
+            other.T >= point.T and other.K >= point.K and (other.T > point.T or other.K > point.K) for other in points
+        )
+        for point in points
+    ]
+
+
+def pareto_figure(paths: Sequence[KTPath], t_axis: str = "task learned", kind: Kind = "svg") -> bytes | None:
+    """The ends of the runs in the K–T plane, with intervals; a line joins those that no other run beats in both.
+
+    None where fewer than two runs have an end.
+    """
+    ended = [path for path in paths if path.ends]
+    if len(ended) < 2:
+        return None
+    ends = [path.points[-1] for path in ended]
+    front = on_front(ends)
+    with _figure(3.6, [path.label for path in ended]) as figure:
+        axes = figure.add_subplot()
+        axes.set_xlabel(f"T: {t_axis}  (right is better)")
+        axes.set_ylabel("K: knowledge kept, base = 1  (up is better)")
+        leading = sorted((point.T, point.K) for point, leads in zip(ends, front, strict=True) if leads)
+        axes.plot(*zip(*leading, strict=True), color=_LIGHT["muted"], linewidth=1.0, linestyle=(0, (3, 2)), zorder=2)
+        for index, (point, leads) in enumerate(zip(ends, front, strict=True)):
+            look = {**_line(index, marked=True), "linestyle": "none", "markersize": 8 if leads else 5.5}
+            errors = {
+                "xerr": _reach(point.T, point.T_interval),
+                "yerr": _reach(point.K, point.K_interval),
+                "elinewidth": 0.9,
+            }
+            axes.errorbar([point.T], [point.K], **look, **errors, zorder=4)
+        _legend(figure, [path.label for path in ended])
+        return _render(figure, "pareto", kind)
+
+
+def _reach(value: float, interval: tuple[float, float] | None) -> list[list[float]] | None:
+    """How far an interval goes to both sides, as matplotlib takes it."""
+    return None if interval is None else [[max(0.0, value - interval[0])], [max(0.0, interval[1] - value)]]
 
 
 def rank_figure(layers: Sequence[Layer], kind: Kind = "svg") -> bytes | None:
@@ -389,6 +450,13 @@ def _draw_curve(axes: "Axes", steps: Sequence[int], values: Sequence[float], ind
     look = _line(index)
     axes.fill_between(centres, lows, highs, color=look["color"], alpha=0.18, linewidth=0)
     axes.plot(centres, means, **look)
+
+
+def _draw_band(axes: "Axes", steps: Sequence[int], intervals: Sequence[tuple[float, float]], index: int) -> None:
+    """Intervals along a curve; nothing where all are points."""
+    if any(low < high for low, high in intervals):
+        lows, highs = zip(*intervals, strict=True)
+        axes.fill_between(steps, lows, highs, color=_line(index)["color"], alpha=0.16, linewidth=0)
 
 
 # ---------------------------------------------------------------- the K–T plane

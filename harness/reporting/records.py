@@ -5,12 +5,12 @@ missing, training may have been resumed (steps are then logged twice), and the l
 may be half a line, because the process was killed while it wrote.
 
 K, T and KT are those of FARSS, Appendix A.3: K = mean_j W_j / W_j(0) (Eq. 36), T = mean_i S_i / S_i(FT) (Eq.
-37), KT = 2·K·T / (K + T) (Eq. 38).
+37), KT = 2·K·T / (K + T) (Eq. 38). Avg. is the mean of the raw scores on all tasks.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -51,7 +51,10 @@ class Score:
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """The base (``step`` None), a checkpoint, or the final model, with its scores by task."""
+    """The base (``step`` None), a checkpoint, or the final model, with its scores by task.
+
+    ``intervals``: 95 % intervals of K, T, KT and Avg., those that are known; none from an earlier version's evaluation.
+    """
 
     name: str
     step: int | None
@@ -59,6 +62,8 @@ class EvaluatedModel:
     K: float | None = None
     T: float | None = None
     KT: float | None = None
+    Avg: float | None = None
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     seconds: float | None = None
     samples_per_second: float | None = None
 
@@ -73,6 +78,7 @@ class Evaluation:
     task: tuple[str, ...]
     models: tuple[EvaluatedModel, ...]
     T_reference: str | None = None
+    T_reference_scores: Mapping[str, float] | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -89,6 +95,11 @@ class Evaluation:
     def tasks(self) -> tuple[str, ...]:
         """Every task, knowledge first."""
         return (*self.knowledge, *(name for name in self.task if name not in self.knowledge))
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether any model has one."""
+        return any(model.intervals for model in self.models)
 
     @property
     def best(self) -> EvaluatedModel | None:
@@ -347,11 +358,12 @@ def _read_evaluation(path: Path) -> Evaluation | None:
             task=tuple(results["task"]),
             models=tuple(sorted(models, key=_training_order)),
             T_reference=results.get("T_reference"),
+            T_reference_scores=results.get("T_reference_scores"),
             notes=tuple(results.get("notes") or ()),
         )
     except KeyError as error:
         raise UserError(f"{path}: the key {error} is missing; evaluate the run again") from error
-    return _with_base_point(evaluation)
+    return _with_averages(_with_base_point(evaluation))
 
 
 def _evaluated_model(entry: Mapping[str, Any]) -> EvaluatedModel:
@@ -366,6 +378,8 @@ def _evaluated_model(entry: Mapping[str, Any]) -> EvaluatedModel:
         K=entry.get("K"),
         T=entry.get("T"),
         KT=entry.get("KT"),
+        Avg=entry.get("Avg"),
+        intervals={name: (low, high) for name, (low, high) in (entry.get("intervals") or {}).items()},
         seconds=entry.get("seconds"),
         samples_per_second=entry.get("samples_per_second"),
     )
@@ -390,6 +404,18 @@ def _with_base_point(evaluation: Evaluation) -> Evaluation:
     kt = harmonic_mean(k, t) if k is not None and t is not None else None
     placed = replace(base, K=k, T=t, KT=kt)
     return replace(evaluation, models=tuple(placed if model is base else model for model in evaluation.models))
+
+
+def _with_averages(evaluation: Evaluation) -> Evaluation:
+    """Avg. where an earlier version's ``eval/results.json`` has none: the mean of the raw scores on all tasks."""
+
+    def average(model: EvaluatedModel) -> float | None:
+        if model.Avg is not None or not all(name in model.scores for name in evaluation.tasks):
+            return model.Avg
+        values = [model.scores[name].value for name in evaluation.tasks]
+        return fmean(values) if values else None
+
+    return replace(evaluation, models=tuple(replace(model, Avg=average(model)) for model in evaluation.models))
 
 
 def _task_mean(evaluation: Evaluation, model: EvaluatedModel) -> float | None:

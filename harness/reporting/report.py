@@ -2,14 +2,15 @@
 
 The HTML is one file: styles and figures are inside, nothing is fetched, no script runs. The Markdown carries
 the same tables and sentences and refers to the HTML for the figures, so that neither file can be half of a
-pair that is out of step: each is written atomically, ``report.html`` last.
+pair that is out of step: each is written atomically, ``report.html`` last. Every table is also a CSV file in
+``tables/`` beside them.
 """
 
 import json
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,19 @@ import yaml
 from harness.errors import UserError
 from harness.files import read_json, write_text
 from harness.reporting import figures, wording
-from harness.reporting.records import ALL, DIAGNOSTICS, Evaluation, Initialisation, RunRecord, read_run
+from harness.reporting.answers import NOT_KEPT, changed_answers, changes_table, read_changes, shown_examples
+from harness.reporting.baseline import baseline_table, find_baseline
+from harness.reporting.records import (
+    ALL,
+    DIAGNOSTICS,
+    EvaluatedModel,
+    Evaluation,
+    Initialisation,
+    RunRecord,
+    Score,
+    read_run,
+)
+from harness.reporting.tables import Table, Value, bounds, write_tables
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -30,8 +43,10 @@ if TYPE_CHECKING:
 # What vLLM's --max-lora-rank takes.
 _SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _TERMINAL_COLUMNS = ("run", "T", "K", "KT", "best KT", "learning rate", "steps", "training")
-_PLANE, _RANKS = "The K–T plane", "Rank by layer"
+_PLANE, _RANKS, _FRONT = "The K–T plane", "Rank by layer", "K against T at the ends"
 _WIDE = (_PLANE, _RANKS)
+_BOUNDED = ("T", "K", "KT", "Avg")
+_QUANTITY_HEADERS = ("T", "K", "KT", "Avg.")
 _PLANE_AXES = (
     "Right: more of the task learned. Up: more of the base's knowledge kept. The best place is the upper right.",
     "Grey lines join points of equal KT. The learning rate and the stopping time decide how far along its "
@@ -43,27 +58,6 @@ _DIAGNOSTICS_CAPTION = (
     "W→ΔW: how much of what W has in the directions of ΔW was amplified. ΔW→W: large where ΔW lies outside the leading "
     "directions of W. Neither is defined while ΔW is zero.",
 )
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table as both formats show it: cells are finished text.
-
-    Attributes:
-        hints: a second line for each header.
-        strong: rows that stand out.
-        text: columns that hold words; the others hold numbers and are aligned to the right.
-    """
-
-    headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    hints: tuple[str, ...] = ()
-    strong: frozenset[int] = frozenset()
-    text: frozenset[int] = frozenset({0})
-
-    def hint(self, column: int) -> str:
-        """The hint under a header, or nothing."""
-        return self.hints[column] if self.hints else ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,7 @@ class Snippet:
 
 
 def write_report(run: Path) -> Path:
-    """Write ``report.md`` and ``report.html`` into the run directory ``run``; return the path of the HTML.
+    """Write ``report.md``, ``report.html`` and ``tables/`` into the run directory ``run``; return the HTML's path.
 
     Parts that have not been run say so.
 
@@ -96,13 +90,21 @@ def write_report(run: Path) -> Path:
     return _write(Path(run), "report", _run_view(read_run(run)))
 
 
-def write_comparison(runs: Sequence[Path], folder: Path, title: str = "Comparison of runs") -> Path:
+def write_comparison(
+    runs: Sequence[Path], folder: Path, title: str = "Comparison of runs", baseline: str | None = None
+) -> Path:
     """Write a comparison of ``runs`` into ``folder``, as a run's report is; return the path of the HTML.
 
+    Args:
+        baseline: the run that the others are tested against, by its name, its folder's or its path; None: the first.
+
     Raises:
-        UserError: there are no runs, or one of them cannot be read.
+        UserError: there are no runs, one of them cannot be read, or none is the baseline.
     """
-    return _write(Path(folder), "comparison", _comparison_view(_read_runs(runs), Path(folder), title))
+    records = _read_runs(runs)
+    labels = _labels(records)
+    view = _comparison_view(records, labels, Path(folder), title, find_baseline(records, labels, baseline))
+    return _write(Path(folder), "comparison", view)
 
 
 def summary_table(runs: Sequence[Path]) -> "RichTable":
@@ -115,7 +117,7 @@ def summary_table(runs: Sequence[Path]) -> "RichTable":
     from rich.text import Text
 
     records = _read_runs(runs)
-    table = _comparison_table(records, _labels(records))
+    table = _comparison_table(records, _labels(records), with_intervals=False)
     shown = RichTable(padding=(0, 0, 0, 1))
     columns = [table.headers.index(header) for header in _TERMINAL_COLUMNS]
     for column in columns:
@@ -139,6 +141,7 @@ def _read_runs(runs: Sequence[Path]) -> list[RunRecord]:
 
 def _run_view(record: RunRecord) -> dict[str, Any]:
     evaluation, initialisation = record.evaluation, record.initialisation
+    changes = read_changes(record)
     return {
         "title": record.name,
         "subtitle": _subtitle(record),
@@ -147,6 +150,11 @@ def _run_view(record: RunRecord) -> dict[str, Any]:
         "scores": _score_table(evaluation) if evaluation else None,
         "t_meaning": wording.t_meaning(evaluation) if evaluation else None,
         "engine": evaluation.engine if evaluation else None,
+        "intervals": evaluation is not None and evaluation.has_intervals,
+        "not_kept": NOT_KEPT if evaluation and not (evaluation.has_intervals or changes) else None,
+        "changes": changes_table(evaluation, changes) if evaluation else None,
+        "examples": shown_examples(changes),
+        "changed_answers": changed_answers(changes),
         "trained": bool(record.metrics or (evaluation and evaluation.final)),
         "figures": _run_figures(record),
         "diagnostics": _diagnostics_table(record),
@@ -180,17 +188,22 @@ def _notes(record: RunRecord) -> list[str]:
     return [*record.notes, *(note for note in noted if "eval.full_fine_tuning" not in note)]
 
 
-def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
-    """Letter, value, meaning."""
+def _tiles(record: RunRecord) -> list[tuple[str, str, str, str]]:
+    """Letter, value, interval (or nothing), meaning."""
     final = record.evaluation.final if record.evaluation else None
     if record.evaluation is None or final is None:
         return []
     learned = "learned: " + wording.t_axis(record.evaluation)
     kept = "kept: knowledge scores ÷ the base's"
+    meanings = {"T": learned, "K": kept, "KT": "both: harmonic mean of T and K", "Avg": "mean of all raw scores"}
     return [
-        ("T", wording.number(final.T), learned),
-        ("K", wording.number(final.K), kept),
-        ("KT", wording.number(final.KT), "both: harmonic mean of T and K"),
+        (
+            "Avg." if name == "Avg" else name,
+            wording.number(getattr(final, name)),
+            wording.interval(final.intervals[name]) if name in final.intervals else "",
+            meaning,
+        )
+        for name, meaning in meanings.items()
     ]
 
 
@@ -199,20 +212,43 @@ def _score_table(evaluation: Evaluation) -> Table:
     rows = tuple(
         (
             model.name,
-            wording.number(model.T),
-            wording.number(model.K),
-            wording.number(model.KT),
+            *(wording.quantity(model, name) for name in _BOUNDED),
             *(wording.score(model.scores.get(task)) for task in evaluation.tasks),
             wording.number(model.samples_per_second, 1 if (model.samples_per_second or 0) < 10 else 0),
         )
         for model in evaluation.models
     )
     return Table(
-        headers=("model", "T", "K", "KT", *evaluation.tasks, "samples/s"),
-        hints=("", "learned", "kept", "both", *(kinds[task] for task in evaluation.tasks), "evaluation"),
+        headers=("model", "T", "K", "KT", "Avg.", *evaluation.tasks, "samples/s"),
+        hints=("", "learned", "kept", "both", "raw", *(kinds[task] for task in evaluation.tasks), "evaluation"),
         rows=rows,
+        name="scores",
+        data=tuple(
+            {
+                "model": model.name,
+                "step": 0 if model.name == "base" else model.step,
+                **_model_columns(model, evaluation.tasks),
+                "seconds": model.seconds,
+                "samples_per_second": model.samples_per_second,
+            }
+            for model in evaluation.models
+        ),
         strong=frozenset(index for index, model in enumerate(evaluation.models) if model.name == "final"),
     )
+
+
+def _model_columns(model: EvaluatedModel | None, tasks: Sequence[str]) -> dict[str, Value]:
+    """Quantities with their intervals, and every task's score, standard error and number of items."""
+    columns: dict[str, Value] = {}
+    for name in _BOUNDED:
+        columns[name] = getattr(model, name) if model else None
+        columns |= bounds(name, model.intervals.get(name) if model else None)
+    for task in tasks:
+        score: Score | None = model.scores.get(task) if model else None
+        columns[task] = score.value if score else None
+        columns[f"{task}_stderr"] = score.stderr if score else None
+        columns[f"{task}_items"] = score.items if score else None
+    return columns
 
 
 def _run_figures(record: RunRecord) -> list[Figure]:
@@ -231,7 +267,10 @@ def _run_figures(record: RunRecord) -> list[Figure]:
         (
             "Forgetting",
             figures.forgetting_figure([record]),
-            ("Forgetting as it happens: a rising preserve loss, a falling K. The dashed line is the base (K = 1).",),
+            (
+                "Forgetting as it happens: a rising preserve loss, a falling K. The dashed line is the base (K = 1).",
+                *_bands([record]),
+            ),
         ),
         (
             "Training loss",
@@ -271,7 +310,12 @@ def _diagnostics_table(record: RunRecord) -> Table | None:
         (name, *(wording.significant(record.last(f"{quantity}/{name}")) for quantity in measured))
         for name in (*types, ALL)
     )
-    return Table(("layers", *(figures.DIAGNOSTIC_NAMES[quantity] for quantity in measured)), rows)
+    data = tuple(
+        {"layers": name} | {quantity: record.last(f"{quantity}/{name}") for quantity in measured}
+        for name in (*types, ALL)
+    )
+    headers = ("layers", *(figures.DIAGNOSTIC_NAMES[quantity] for quantity in measured))
+    return Table(headers, rows, name="diagnostics", data=data)
 
 
 def _diagnostics_comparison(records: Sequence[RunRecord], labels: Sequence[str]) -> Table | None:
@@ -284,7 +328,11 @@ def _diagnostics_comparison(records: Sequence[RunRecord], labels: Sequence[str])
         (label, *(wording.significant(record.last(key)) for key in measured))
         for record, label in zip(records, labels, strict=True)
     )
-    return Table(("run", *(keys[key] for key in measured)), rows)
+    data = tuple(
+        {"run": label} | {key.partition("/")[0]: record.last(key) for key in measured}
+        for record, label in zip(records, labels, strict=True)
+    )
+    return Table(("run", *(keys[key] for key in measured)), rows, name="diagnostics", data=data)
 
 
 def _figures(drawn: Sequence[tuple[str, bytes | None, tuple[str, ...]]]) -> list[Figure]:
@@ -325,7 +373,11 @@ def _layer_table(initialisation: Initialisation) -> Table:
         )
         for layer in initialisation.layers
     )
-    return Table(headers=("layer", "shape", "rank", *map(_spoken, keys)), rows=rows)
+    data = tuple(
+        {"layer": layer.name, "shape": " x ".join(map(str, layer.shape)), "rank": layer.rank, **layer.values}
+        for layer in initialisation.layers
+    )
+    return Table(headers=("layer", "shape", "rank", *map(_spoken, keys)), rows=rows, name="layers", data=data)
 
 
 def _places(run: Path) -> list[tuple[str, str]]:
@@ -338,6 +390,7 @@ def _places(run: Path) -> list[tuple[str, str]]:
         "merged": "the merged model, safetensors and tokeniser",
         "checkpoints": "the checkpoints along training",
         "eval/results.json": "all scores",
+        "eval/items": "what every model answered, item by item",
         "metrics.jsonl": "every logged step",
         "init/report.json": "the initialisation, layer by layer",
         "init/ranks.png": "the rank of every layer, by depth and module type",
@@ -402,8 +455,10 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 # ---------------------------------------------------------------- several runs
 
 
-def _comparison_view(records: Sequence[RunRecord], folder: Path, title: str) -> dict[str, Any]:
-    labels = _labels(records)
+def _comparison_view(
+    records: Sequence[RunRecord], labels: Sequence[str], folder: Path, title: str, baseline: int
+) -> dict[str, Any]:
+    against = baseline_table(records, labels, baseline) if len(records) > 1 else None
     return {
         "title": title,
         "subtitle": f"{len(records)} run{'s' if len(records) > 1 else ''}",
@@ -411,7 +466,11 @@ def _comparison_view(records: Sequence[RunRecord], folder: Path, title: str) -> 
         "misleading": wording.MISLEADING,
         "cautions": wording.comparison_cautions(records),
         "scores": _comparison_table(records, labels),
+        "intervals": any(record.evaluation and record.evaluation.has_intervals for record in records),
         "t_meaning": _common_t_meaning(records),
+        "baseline": labels[baseline],
+        "against": against,
+        "untested": bool(against) and all(row[4] == wording.NOTHING for row in against.rows),
         "figures": _comparison_figures(records, labels),
         "diagnostics": _diagnostics_comparison(records, labels),
         "differences": _differences(records, labels),
@@ -433,15 +492,23 @@ def _labels(records: Sequence[RunRecord]) -> list[str]:
     ]
 
 
-def _comparison_table(records: Sequence[RunRecord], labels: Sequence[str]) -> Table:
+def _comparison_table(records: Sequence[RunRecord], labels: Sequence[str], with_intervals: bool = True) -> Table:
+    def shown(model: EvaluatedModel | None, name: str) -> str:
+        return wording.quantity(model, name) if with_intervals else wording.number(getattr(model, name, None))
+
     evaluations = [record.evaluation for record in records if record.evaluation]
     knowledge = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.knowledge))
     tasks = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.task))
     tasks = [name for name in tasks if name not in knowledge]
-    rows = _base_rows(records, labels, [*knowledge, *tasks])
+    every = [*knowledge, *tasks]
+    rows = _base_rows(records, labels, every, shown)
+    paths = [figures.kt_path(record) for record in records]
+    ends = {place: path.points[-1] for place, path in enumerate(paths) if path and path.ends}
+    leading = dict(zip(ends, figures.on_front(list(ends.values())), strict=True))
+    data: list[Mapping[str, Value]] = []
     best_kt = max((evaluation.final.KT or 0.0 for evaluation in evaluations if evaluation.final), default=0.0)
     strong = set()
-    for record, label in zip(records, labels, strict=True):
+    for place, (record, label) in enumerate(zip(records, labels, strict=True)):
         final = record.evaluation.final if record.evaluation else None
         best = record.evaluation.best if record.evaluation else None
         if final and final.KT and round(final.KT, 2) == round(best_kt, 2) and len(records) > 1:
@@ -449,43 +516,71 @@ def _comparison_table(records: Sequence[RunRecord], labels: Sequence[str]) -> Ta
         rows.append(
             (
                 label,
-                wording.number(final.T if final else None),
-                wording.number(final.K if final else None),
-                wording.number(final.KT if final else None),
+                *(shown(final, name) for name in _BOUNDED),
                 f"{wording.number(best.KT)} ({best.step})" if best else wording.NOTHING,
                 wording.method(record),
                 wording.anchor(record),
                 wording.setting(record.setting("train.learning_rate")),
                 wording.number(record.steps, 0),
                 wording.number(record.training_seconds, 0),
-                *(wording.score(final.scores.get(name) if final else None) for name in (*knowledge, *tasks)),
+                *(wording.score(final.scores.get(name) if final else None) for name in every),
             )
+        )
+        data.append(
+            {
+                "run": label,
+                "folder": str(record.path),
+                **_model_columns(final, every),
+                "on_pareto_front": leading.get(place),
+                "best_KT": best.KT if best else None,
+                "best_step": best.step if best else None,
+                "method": wording.method(record),
+                "anchor": wording.anchor(record),
+                "learning_rate": record.setting("train.learning_rate"),
+                "steps": record.steps,
+                "training_seconds": record.training_seconds,
+            }
         )
     return Table(
         headers=(
-            *("run", "T", "K", "KT", "best KT", "method", "anchor", "learning rate", "steps", "training"),
+            *("run", *_QUANTITY_HEADERS, "best KT", "method", "anchor", "learning rate", "steps", "training"),
             *knowledge,
             *tasks,
         ),
         hints=(
-            *("", "learned", "kept", "both", "(step)", "", "", "peak", "", "seconds"),
+            *("", "learned", "kept", "both", "raw", "(step)", "", "", "peak", "", "seconds"),
             *("knowledge" for _ in knowledge),
             *("task" for _ in tasks),
         ),
         rows=tuple(rows),
+        name="scores",
         strong=frozenset(strong),
-        text=frozenset({0, 5, 6}),
+        text=frozenset({0, 6, 7}),
+        data=(*_base_data(records, labels, every), *data),
     )
 
 
-def _base_rows(records: Sequence[RunRecord], labels: Sequence[str], tasks: Sequence[str]) -> list[tuple[str, ...]]:
+def _base_data(records: Sequence[RunRecord], labels: Sequence[str], tasks: Sequence[str]) -> list[Mapping[str, Value]]:
+    return [
+        {"run": f"base of {label}", "folder": str(record.path), **_model_columns(record.evaluation.base, tasks)}
+        for record, label in zip(records, labels, strict=True)
+        if record.evaluation and record.evaluation.base
+    ]
+
+
+def _base_rows(
+    records: Sequence[RunRecord],
+    labels: Sequence[str],
+    tasks: Sequence[str],
+    shown: Callable[[EvaluatedModel, str], str],
+) -> list[tuple[str, ...]]:
     """One row for each distinct base result: runs of one base share it."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for record, label in zip(records, labels, strict=True):
         base = record.evaluation.base if record.evaluation else None
         if base is not None:
             cells = (
-                *(wording.number(base.T), wording.number(base.K), wording.number(base.KT)),
+                *(shown(base, name) for name in _BOUNDED),
                 *(wording.NOTHING for _ in range(6)),
                 *(wording.score(base.scores.get(name)) for name in tasks),
             )
@@ -504,13 +599,11 @@ def _common_t_meaning(records: Sequence[RunRecord]) -> str | None:
 def _comparison_figures(records: Sequence[RunRecord], labels: Sequence[str]) -> list[Figure]:
     paths = [figures.kt_path(record, label) for record, label in zip(records, labels, strict=True)]
     axes = {wording.t_axis(record.evaluation) for record in records if record.evaluation}
+    t_axis = axes.pop() if len(axes) == 1 else "task learned (references differ)"
     drawn = [
         (
             _PLANE,
-            figures.kt_figure(
-                [path for path in paths if path],
-                axes.pop() if len(axes) == 1 else "task learned (references differ)",
-            ),
+            figures.kt_figure([path for path in paths if path], t_axis),
             (
                 "Each line is one run: from the base (star) through its evaluated checkpoints (small "
                 "marks) to its end (large mark). Numbers are optimiser steps, left out where they would "
@@ -520,9 +613,22 @@ def _comparison_figures(records: Sequence[RunRecord], labels: Sequence[str]) -> 
             ),
         ),
         (
+            _FRONT,
+            figures.pareto_figure([path for path in paths if path], t_axis),
+            (
+                "The end of every run, with 95 % intervals where they are known. The dashed line joins the Pareto "
+                "front (larger marks): no other run has both more K and more T.",
+                "Runs whose intervals overlap may change places on other questions: the table of differences has the "
+                "paired tests.",
+            ),
+        ),
+        (
             "Forgetting",
             figures.forgetting_figure(records, labels),
-            ("Loss on the preserve set, and K of the evaluated checkpoints. The dashed line is the base (K = 1).",),
+            (
+                "Loss on the preserve set, and K of the evaluated checkpoints. The dashed line is the base (K = 1).",
+                *_bands(records),
+            ),
         ),
         (
             "Training loss",
@@ -541,13 +647,19 @@ def _comparison_figures(records: Sequence[RunRecord], labels: Sequence[str]) -> 
     return _figures(drawn)
 
 
+def _bands(records: Sequence[RunRecord]) -> tuple[str, ...]:
+    known = any(record.evaluation and record.evaluation.has_intervals for record in records)
+    return ("The bands are 95 % intervals over items.",) if known else ()
+
+
 def _differences(records: Sequence[RunRecord], labels: Sequence[str]) -> Table | None:
     """Every configuration key that is not the same in all runs; None where there is none or one run."""
     flat = [_flat(record.config or {}) for record in records]
     keys = dict.fromkeys(key for config in flat for key in config if key != "name")
     rows = [(key, *(config.get(key, wording.NOTHING) for config in flat)) for key in keys]
     differing = tuple(row for row in rows if len(set(row[1:])) > 1)
-    return Table(("key", *labels), differing, text=frozenset(range(len(labels) + 1))) if differing else None
+    text = frozenset(range(len(labels) + 1))
+    return Table(("key", *labels), differing, name="configuration", text=text) if differing else None
 
 
 def _reports(records: Sequence[RunRecord], labels: Sequence[str], folder: Path) -> list[tuple[str, str, str | None]]:
@@ -564,6 +676,8 @@ def _comparison_notes(records: Sequence[RunRecord], labels: Sequence[str]) -> li
     notes: dict[str, list[str]] = {}
     for record, label in zip(records, labels, strict=True):
         absent = [] if record.evaluation else ["It has not been evaluated yet."]
+        if record.evaluation and record.evaluation.final and not record.evaluation.has_intervals:
+            absent.append("Its evaluation kept no answers: it has no intervals and is in no paired test.")
         for note in (*absent, *_notes(record)):
             notes.setdefault(note, []).append(label)
     return [
@@ -576,6 +690,7 @@ def _comparison_notes(records: Sequence[RunRecord], labels: Sequence[str]) -> li
 
 def _write(folder: Path, template: str, view: Mapping[str, Any]) -> Path:
     environment = _environment()
+    write_tables(folder, [part for part in view.values() if isinstance(part, Table)])
     for kind in ("md", "html"):  # the HTML last: where it is new, both are
         text = environment.get_template(f"{template}.{kind}.j2").render(view)
         write_text(folder / f"report.{kind}", text)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from harness.reporting.records import Evaluation, RunRecord, Score
+from harness.reporting.records import EvaluatedModel, Evaluation, RunRecord, Score
 
 NOTHING = "–"
 NOT_RUN = "not run yet"
@@ -21,6 +21,40 @@ def number(value: float | int | None, digits: int = 2) -> str:
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "infinite"
     return f"{value:,.{digits}f}"
+
+
+def signed(value: float | None, digits: int = 2) -> str:
+    """A difference: "+0.05", "−0.05", "0.00"."""
+    text = number(value, digits)
+    if value is None or not math.isfinite(value):
+        return text
+    if not text.strip("-0.,"):
+        return text.removeprefix("-")
+    return f"+{text}" if value > 0 else f"\u2212{text.removeprefix('-')}"
+
+
+def interval(bounds: Sequence[float] | None, digits: int = 2, sign: bool = False) -> str:
+    """ "0.93 to 0.97"."""
+    if bounds is None:
+        return NOTHING
+    low, high = (signed(bound, digits) if sign else number(bound, digits) for bound in bounds)
+    return f"{low} to {high}"
+
+
+def quantity(model: EvaluatedModel | None, name: str) -> str:
+    """K, T, KT or Avg. of a model with its interval: "0.951 [0.930, 0.967]", or "0.95" where there is none."""
+    value = getattr(model, name) if model else None
+    bounds = model.intervals.get(name) if model else None
+    if bounds is None:
+        return number(value)
+    return f"{number(value, 3)} [{number(bounds[0], 3)}, {number(bounds[1], 3)}]"
+
+
+def probability(p: float | None) -> str:
+    """A p-value: "0.034", "< 0.001" (with a space that does not break)."""
+    if p is None:
+        return NOTHING
+    return "<\u00a00.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
 def score(value: Score | None) -> str:
@@ -169,7 +203,10 @@ def _kept(evaluation: Evaluation) -> str:
     over = f", measured on {listing(changes)}" if changes else ""
     if final.K > 1.005:
         return f"It kept what the base model knew: K stands {(final.K - 1) * 100:.0f} % above the base{over}."
-    return f"It kept {final.K * 100:.0f} % of what the base model knew{over}."
+    share = f"{final.K * 100:.0f} %"
+    if bounds := final.intervals.get("K"):
+        share += f" (95 % interval {bounds[0] * 100:.0f} to {bounds[1] * 100:.0f} %)"
+    return f"It kept {share} of what the base model knew{over}."
 
 
 def _trained(record: RunRecord) -> str:

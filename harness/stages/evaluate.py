@@ -14,20 +14,27 @@ def evaluate(config: RunConfig, run: RunDirectory) -> None:
         say("eval: no tasks are configured (eval.knowledge, eval.task); nothing to do")
         return
     from harness.evaluation.stage import evaluate_run
+    from harness.evaluation.suites import expand
+    from harness.evaluation.tasks import check_data
 
     places = {
         key: None if (value := getattr(options, key)) is None else Path(value)
         for key in ("data_dir", "include_path", "full_fine_tuning")
     }
+    knowledge, task = (expand(names, places["include_path"]) for names in (options.knowledge, options.task))
+    check_data([*knowledge, *task], places["include_path"], places["data_dir"])
     evaluate_run(
         config.model.path,
         run.path,
-        knowledge=options.knowledge,
-        task=options.task,
+        knowledge=knowledge,
+        task=task,
         backend=options.backend,
         dtype=config.model.dtype,
         limit=options.limit,
         batch_size=options.batch_size,
         checkpoints=options.checkpoints,
+        server=options.server,
+        tensor_parallel=options.tensor_parallel,
+        engines=options.engines,
         **places,
     )

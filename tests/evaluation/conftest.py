@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from harness.tiny import TinyWorld, build, small_options
 
@@ -85,6 +85,19 @@ def write_task(path: Path, **content: object) -> Path:
 
 
 @pytest.fixture(scope="session")
+def served_base(tmp_path_factory: pytest.TempPathFactory, random_base: Path) -> Path:
+    """Random weights in a shape that vLLM's attention on the CPU takes (32 numbers a head; `random_base` has 16)."""
+    folder = tmp_path_factory.mktemp("served")
+    config = AutoConfig.from_pretrained(random_base)
+    config.num_attention_heads = config.num_key_value_heads = config.hidden_size // 32
+    config.head_dim = 32
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(random_base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_world() -> TinyWorld:
     """The small embedded world: a trained base, and its evaluation data."""
     return build(options=small_options())
@@ -122,7 +135,6 @@ def merge() -> Callable[[Path, Path, Path], Path]:
 
     def write(base: Path, adapter: Path, destination: Path) -> Path:
         from peft import PeftModel
-        from transformers import AutoTokenizer
 
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
         model.merge_and_unload().save_pretrained(destination)

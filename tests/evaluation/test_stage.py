@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from harness.errors import UserError
+from harness.evaluation.intervals import QUANTITIES
+from harness.evaluation.items import item_scores, read_items
 from harness.evaluation.stage import evaluate_run
 from tests.evaluation.conftest import LocalTasks
 from tests.gangs import REPOSITORY
@@ -49,12 +51,17 @@ def test_results_hold_every_model_once(run: Path, random_base: Path, options: di
         ("final", 20),
     ]
     base, _, final = results["models"]
-    assert base.keys() == {"name", "step", "scores", "seconds", "samples_per_second"}
-    assert final.keys() == base.keys() | {"K", "T", "KT"}
-    assert final["scores"]["words_next"].keys() == {"metric", "value", "stderr", "items"}
+    assert base.keys() == final.keys()
+    assert final.keys() == {"name", "step", "scores", "seconds", "samples_per_second"} | {*QUANTITIES, "intervals"}
+    assert (base["K"], base["intervals"].keys()) == (1.0, {"T", "KT", "Avg"})
+    assert final["scores"]["words_next"].keys() == {"metric", "value", "stderr", "items", "others"}
     kept = final["scores"]["words_choice"]["value"] / base["scores"]["words_choice"]["value"]
     assert results["K"] == final["K"] == pytest.approx(kept)
     assert results["T"] == final["T"] == final["scores"]["words_next"]["value"]
+    assert results["Avg"] == pytest.approx(sum(score["value"] for score in final["scores"].values()) / 2)
+    assert results["intervals"] == final["intervals"]
+    for name, (low, high) in final["intervals"].items():
+        assert low <= final[name] <= high
     assert {key: results[key] for key in ("schema", "base_model", "engine", "knowledge", "task", "T_reference")} == {
         "schema": 1,
         "base_model": str(random_base),
@@ -63,20 +70,47 @@ def test_results_hold_every_model_once(run: Path, random_base: Path, options: di
         "task": ["words_next"],
         "T_reference": None,
     }
-    assert results["notes"] == ["T is the raw task score: no full fine-tuning result was given (eval.full_fine_tuning)"]
+    assert results["notes"][:1] == [
+        "T is the raw task score: no full fine-tuning result was given (eval.full_fine_tuning)"
+    ]
 
 
-def test_the_base_is_evaluated_once_for_runs_that_share_it(
-    run: Path, random_base: Path, options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_every_model_leaves_its_answers(run: Path, random_base: Path, options: dict[str, Any]) -> None:
+    results = evaluate_run(str(random_base), run, checkpoints=True, **options)
+    folder = run / "eval" / "items"
+    assert sorted(path.name for path in folder.iterdir()) == ["base.jsonl", "final.jsonl", "step-10.jsonl"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["items", "results.json"]
+    ids = set()
+    for model in results["models"]:
+        items = read_items(folder / f"{model['name']}.jsonl")
+        assert items.keys() == {"words_choice", "words_next"}
+        for task, some in items.items():
+            scores = item_scores(some)
+            assert scores is not None
+            assert scores.mean == pytest.approx(model["scores"][task]["value"])
+            ids.add((task, scores.ids))
+    assert len(ids) == 2, "every model answered the same items"
+    item = items["words_choice"][0]
+    assert item.score == float(item.answer == item.expected)
+    assert item.question and item.question not in item.expected
+    # Answers of checkpoints that are no longer evaluated go.
+    evaluate_run(str(random_base), run, **options)
+    assert sorted(path.name for path in folder.iterdir()) == ["base.jsonl", "final.jsonl"]
+
+
+def test_the_same_question_is_asked_once(run: Path, random_base: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    """A second evaluation of the run, and of another that starts from the same base, gives the first one's times."""
     first = evaluate_run(str(random_base), run, **options)
-    (entry,) = (tmp_path / "cache" / "eval").iterdir()
-    content = json.loads(entry.read_text())
-    entry.write_text(json.dumps({**content, "seconds": 1234.5}))
-    assert evaluate_run(str(random_base), run, **options)["models"][0] == {**first["models"][0], "seconds": 1234.5}
+    assert len(list((tmp_path / "cache" / "eval").iterdir())) == 4  # two models, two tasks
+    assert evaluate_run(str(random_base), run, **options)["models"] == first["models"]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "adapter").symlink_to((run / "checkpoints" / "step-10" / "adapter").resolve())
+    assert evaluate_run(str(random_base), other, **options)["models"][0] == first["models"][0]
+    assert len(list((tmp_path / "cache" / "eval").iterdir())) == 6
     limited = evaluate_run(str(random_base), run, **options, limit=5)
     assert limited["models"][0]["scores"]["words_next"]["items"] == 5
-    assert len(list((tmp_path / "cache" / "eval").iterdir())) == 2
+    assert len(list((tmp_path / "cache" / "eval").iterdir())) == 10
 
 
 def test_a_merged_model_stands_in_where_there_is_no_adapter(
@@ -104,7 +138,10 @@ def test_t_is_divided_by_full_fine_tuning(
     (full / "results.json").write_text(json.dumps({"models": models}))
     found = evaluate_run(str(random_base), run, **options, full_fine_tuning=tmp_path / "full")
     assert found["T"] == pytest.approx(found["models"][-1]["scores"]["words_next"]["value"] / 0.5)
-    assert (found["T_reference"], found["notes"]) == (str(tmp_path / "full"), [])
+    assert (found["T_reference"], found["T_reference_scores"]) == (str(tmp_path / "full"), {"words_next": 0.5})
+    assert found["notes"][0] == (
+        "intervals take the score of full fine-tuning on words_next as exact: its items are not known"
+    )
     (full / "results.json").write_text(json.dumps({"models": [{"name": "final", "scores": {"other": score}}]}))
     with pytest.raises(
         UserError, match=r"eval\.full_fine_tuning: .* has no score for 'words_next'; .* \(it has other\)"
@@ -124,7 +161,7 @@ def test_the_command_line_prints_scores_or_one_line(random_base: Path, local_tas
     def call(tasks: str) -> subprocess.CompletedProcess[str]:
         places = ["--data-dir", str(local_tasks.data_dir), "--include-path", str(local_tasks.include_path)]
         adapter = ["--adapter", str(run / "adapter")]
-        command = [sys.executable, str(REPOSITORY / "eval" / "run.py"), str(random_base), "--tasks", tasks]
+        command = [sys.executable, str(REPOSITORY / "eval" / "run.py"), "--model", str(random_base), "--tasks", tasks]
         return subprocess.run(
             [*command, *adapter, *places, "--backend", "hf"], capture_output=True, text=True, check=False
         )

@@ -99,7 +99,8 @@ def test_a_group_may_name_tasks_of_lm_eval(tmp_path: Path) -> None:
     group = {"group": "mine", "aggregate_metric_list": [aggregate]}
     write_task(tmp_path / "mine.yaml", **group, task=["triviaqa", "nq_open"])
     check_tasks(["mine"], tmp_path)
-    assert {path.name for path in sources("mine", tmp_path, None)} == {"mine.yaml", "default.yaml", "nq_open.yaml"}
+    files = {path.name for path in sources("mine", tmp_path, None)}
+    assert files == {"mine.yaml", "default.yaml", "nq_open.yaml", "world_knowledge.yaml"}
     write_task(tmp_path / "mine.yaml", **group, task=["triviaqa", "nq_opn"])
     with pytest.raises(UserError, match=r"unknown task 'nq_opn'; the nearest names are .*nq_open"):
         check_tasks(["mine"], tmp_path)

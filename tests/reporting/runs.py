@@ -2,11 +2,18 @@
 
 import json
 import math
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from harness.evaluation.items import Item
+from harness.evaluation.scores import CandidateScores, TaskScore
+from harness.evaluation.stage import results as evaluated_results
+from harness.evaluation.stage import write_all_items
+from harness.run_directory import RunDirectory
 
 STEPS = 40
 KNOWLEDGE = {"facts_seen": 0.98, "facts_heldout": 0.96}
@@ -129,3 +136,65 @@ def results(
         "T_reference": full_fine_tuning,
         "notes": [] if full_fine_tuning else [note],
     }
+
+
+def with_answers(
+    run: Path,
+    *,
+    seed: int = 0,
+    lost: float = 0.1,
+    gained: float = 0.02,
+    learned: float = 0.8,
+    items: int = 200,
+    knowledge: tuple[str, ...] = tuple(KNOWLEDGE),
+    task: tuple[str, ...] = ("reverse",),
+    checkpoints: tuple[int, ...] = (10, 20, 30),
+    steps: int = STEPS,
+    full_fine_tuning: Path | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> Path:
+    """Evaluate a run again, with answers: shares of right answers lost, of wrong ones gained, of the task learned.
+
+    Questions and the base's answers depend on nothing but their number, so that runs can be paired.
+    """
+    names = (*knowledge, *task)
+    base_right = {
+        name: [random.Random(f"{name}{i}").random() < (0.7 if name in knowledge else 0.05) for i in range(items)]
+        for name in names
+    }
+
+    def model(name: str, step: int | None, done: float) -> CandidateScores:
+        scores, kept = {}, {}
+        for one in names:
+            generator = random.Random(f"{seed}{one}")
+            rights = []
+            for before in base_right[one]:
+                chance, luck = generator.random(), generator.random()
+                gain = (gained if one in knowledge else learned) * done
+                rights.append((chance >= lost * done) if before else luck < gain)
+            of_texts = texts or {}
+            kept[one] = [
+                Item(
+                    id=f"{number}-{one}",
+                    score=float(right),
+                    question=of_texts.get("question", f"What is {one} of {number}?"),
+                    expected=of_texts.get("expected", f"{number * 7}"),
+                    answer=of_texts.get("answer", f"{number * 7 if right else number * 7 + 1 + len(name)}"),
+                )
+                for number, right in enumerate(rights)
+            ]
+            mean = sum(rights) / items
+            stderr = math.sqrt(mean * (1 - mean) / max(1, items - 1))
+            scores[one] = TaskScore("exact_match", mean, stderr, items)
+        return CandidateScores(name, step, scores, 3.1, 300.4, {}, kept)
+
+    base = model("base", None, 0.0)
+    tuned = [model(f"step-{step}", step, step / steps) for step in checkpoints] + [model("final", steps, 1.0)]
+    reference = None
+    if full_fine_tuning is not None:
+        final = json.loads((full_fine_tuning / "eval" / "results.json").read_text())["models"][-1]
+        reference = {name: final["scores"][name]["value"] for name in task}
+    content = evaluated_results(base, tuned, knowledge, task, full_fine_tuning, reference)
+    write_all_items(RunDirectory(run).items, [base, *tuned])
+    write_json(run / "eval" / "results.json", {"schema": 1, "base_model": "models/tiny", "engine": "vllm"} | content)
+    return run

@@ -111,12 +111,13 @@ def test_the_table_has_every_model_with_its_numbers(make_run: MakeRun) -> None:
 
     assert header[:4] == ["model", "T (learned)", "K (kept)", "KT (both)"]
     assert header[4:] == [
+        "Avg. (raw)",
         "facts_seen (knowledge)",
         "facts_heldout (knowledge)",
         "reverse (task)",
         "samples/s (evaluation)",
     ]
-    assert base == ["base", "0.02", "1.00", "0.04", "0.980 ± 0.010", "0.960 ± 0.010", "0.020 ± 0.008", "300"]
+    assert base == ["base", "0.02", "1.00", "0.04", "0.65", "0.980 ± 0.010", "0.960 ± 0.010", "0.020 ± 0.008", "300"]
     assert last_checkpoint[:4] == ["step-30", "0.73", "0.96", "0.83"]
     assert [cell.strip("*") for cell in final[:4]] == ["final", "0.97", "0.95", "0.96"]
 
@@ -235,7 +236,7 @@ def test_a_comparison_has_one_table_and_one_figure_of_each_kind(three_runs: list
 
     assert_self_contained(text, page)
     assert html == tmp_path / "comparison" / "report.html"
-    assert page.tags["svg"] == 3
+    assert page.tags["svg"] == 4  # the K–T plane, the ends with the Pareto front, forgetting, training loss
     assert "Three & one" in page.text
     for column in ("method", "anchor", "learning rate (peak)", "steps", "training (seconds)", "T (learned)"):
         assert column in header

@@ -262,14 +262,14 @@ def _check_tasks(config: RunConfig) -> None:
     names = [*config.eval.knowledge, *config.eval.task]
     if not names:
         return
+    from harness.evaluation.engines import check_backend
     from harness.evaluation.suites import expand
     from harness.evaluation.tasks import check_data, check_tasks
 
-    if (config.eval.backend == "server") != (config.eval.server is not None):
-        raise UserError(
-            f"eval.server: {config.eval.server!r} given with eval.backend: {config.eval.backend}; the backend server "
-            "takes an address, the others take none"
-        )
+    options = config.eval
+    check_backend(
+        options.backend, tensor_parallel=options.tensor_parallel, engines=options.engines, server=options.server
+    )
     include_path, data_dir = (None if p is None else Path(p) for p in (config.eval.include_path, config.eval.data_dir))
     names = expand(names, include_path)
     check_tasks(names, include_path, data_dir)

@@ -103,8 +103,12 @@ def _answer_blocks(config: RunConfig, prompts: list[str], blocks: list[tuple[int
     options = config.data.answers or AnswersConfig()
     tokenizer = load_tokenizer(config.model.path)
     seed = config.train.seed
+    how = config.eval
     with open_engine(
-        config.model.path, config.eval.backend, config.model.dtype, config.eval.batch_size, 0, seed, None
+        *(config.model.path, how.backend, config.model.dtype, how.batch_size, 0, seed, None),
+        tensor_parallel=how.tensor_parallel,
+        engines=how.engines,
+        server=how.server,
     ) as engine:
         for start, part in progress(blocks, "answers"):
             own = prompts[start : start + BLOCK_ROWS]

@@ -17,7 +17,7 @@ import yaml
 pytestmark = pytest.mark.slow
 
 CLONE = Path(__file__).resolve().parent.parent
-DATA_FOLDERS = ("ds_configs", "eval/suites", "eval/tasks", "launch/recipes")
+DATA_FOLDERS = ("ds_configs", "eval/suites", "eval/tasks", "launch/recipes", "launch/sweeps")
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ TRAINING = {"training": 1.0}
 def fault_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
     """Long enough to be hit so many times, with something new between two hits."""
     cluster_config["anchor"] = {"kl": 1.0, "prompts_per_step": 4}
-    cluster_config["train"] |= {"max_steps": 8 * (KILLS + 4), "save_steps": 4}
+    cluster_config["train"] |= {"max_steps": 8 * (KILLS + 4), "save_steps": 4, "log_steps": 4}
     cluster_config["eval"] = {}
     return cluster_config
 

@@ -247,7 +247,7 @@ def test_changed_evaluation_redoes_evaluation_alone(
     after = written(run)
     redone = {name for name in after if after[name] != before.get(name)}
     assert redone >= {"stages/eval.json", "stages/report.json", "report.html", "report.md"}
-    assert all(name.startswith(("stages/eval", "stages/report", "report.", "eval/")) for name in redone)
+    assert all(name.startswith(("stages/eval", "stages/report", "report.", "eval/", "tables/")) for name in redone)
     assert read_json(run.stages / "eval.json")["inputs"]["eval.limit"] == 5
 
     config, _ = configured(base_config, train__learning_rate=0.5)

@@ -6,11 +6,21 @@ name. `load_config` reads and validates the shape; `harness.preflight` looks at 
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from harness.errors import UserError
 from harness.resources import find
@@ -29,23 +39,76 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+TaskName = Literal[
+    "causal_lm",
+    "image_text",
+    "sequence_classification",
+    "regression",
+    "question_answering",
+    "masked_lm",
+    "image_classification",
+]
+
+
 class ModelConfig(Strict):
-    """The base model. `quantization: nf4` quantises the frozen (residual) weights; adapters never are."""
+    """The base model. `quantization: nf4` quantises the frozen (residual) weights; adapters never are.
+
+    `modules_to_save`: modules that are trained in full and saved beside the adapter; the head that a task adds is
+    always one of them. `projector`: what becomes of the projector of a vision-language model.
+    """
 
     path: str
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantization: Literal["none", "nf4"] = "none"
     double_quantization: bool = True
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    modules_to_save: list[str] = []
+    projector: Literal["frozen", "full", "adapted"] = "frozen"
+    _task: TaskName = PrivateAttr("causal_lm")
+    _original: str | None = PrivateAttr(None)
+    _head: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def task(self) -> TaskName:
+        """The run's task, which decides the class of the model."""
+        return self._task
+
+    @property
+    def original(self) -> str:
+        """The base that the user named, where `path` is a copy of it with a head (`harness.tasks.head`)."""
+        return self._original or self.path
+
+    @property
+    def trained_modules(self) -> tuple[str, ...]:
+        """Modules that are trained in full beside an adapter, by name: those that are listed, and the task's head."""
+        return tuple(dict.fromkeys((*self.modules_to_save, *self._head)))
+
+    def with_head(self, path: str, head: Sequence[str]) -> "ModelConfig":
+        """This base with the task's ``head``, saved at ``path``."""
+        other = self.model_copy(update={"path": path})
+        other._original, other._head = self.original, tuple(head)
+        return other
 
 
 class SourceConfig(Strict):
-    """One data set: a hub id, a local directory, or a local .jsonl, .json or .parquet file."""
+    """One data set: a hub id, a local directory, or a local .jsonl, .json or .parquet file.
+
+    `subset`: which of a hub id's data sets, where it has several (GLUE's tasks).
+
+    Columns: `prompt` is the text that is read, `pair` a second one (the other sentence; the context of a question),
+    `response` what is to be learned (text, class, number, answers), `image` paths or bytes of images, one or a list;
+    `image_folder` is where relative paths start. `classes`: the names of the classes in the order of their numbers.
+    """
 
     path: str
+    subset: str | None = None
     split: str = "train"
-    prompt: str
+    prompt: str | None = None
+    pair: str | None = None
     response: str | None = None
+    image: str | None = None
+    image_folder: str | None = None
+    classes: list[str] | None = None
     template: str = "none"
     samples: PositiveInt = 256  # rows drawn when statistics are taken from this source
 
@@ -76,10 +139,16 @@ class ReplayConfig(Strict):
 
 
 class DataConfig(Strict):
-    """What to learn (`train`), what to keep (`preserve`), and what of it to `replay` among what is learned."""
+    """What to learn (`train`), what to keep (`preserve`), and what of it to `replay` among what is learned.
+
+    `validation`: rows that are not trained on, for tasks that lm-eval has no form for. `bad_images`: what becomes of
+    rows whose image is missing or damaged.
+    """
 
     train: SourceConfig
     preserve: SourceConfig | None = None
+    validation: SourceConfig | None = None
+    bad_images: Literal["refuse", "skip"] = "refuse"
     max_length: PositiveInt = 512
     replay: ReplayConfig | None = None
     answers: AnswersConfig | None = None
@@ -213,6 +282,7 @@ class RunConfig(Strict):
     """A whole run. `method` and each entry of `penalties` are validated by the class that they name."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    task: TaskName = "causal_lm"
     model: ModelConfig
     data: DataConfig
     method: dict[str, Any]
@@ -252,10 +322,14 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
 def read_content(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
     """What the YAML file ``path`` says under ``overrides``, as nested dictionaries, not validated.
 
+    ``path`` may name a row of a recipe, ``recipe.yaml:row`` (see `harness.recipes`).
+
     Raises:
-        UserError: the file is missing or not YAML, an override is malformed.
+        UserError: the file is missing or not YAML, there is no such row, an override is malformed.
     """
-    content = read_mapping(path)
+    from harness.recipes import configuration
+
+    content = configuration(path)
     for override in overrides or []:
         _apply(content, override)
     return content
@@ -287,11 +361,13 @@ def resolve(content: dict[str, Any], folder: Path | None = None) -> RunConfig:
         for source in penalty.get("sources", []):
             source["path"] = _local(source["path"], folder)
     update: dict[str, Any] = {"method": method, "penalties": penalties}
-    update["model"] = config.model.model_copy(update={"path": _local(config.model.path, folder)})
+    model = config.model.model_copy(update={"path": _local(config.model.path, folder)})
+    model._task = config.task
+    update["model"] = model
     sources = {
         key: source.model_copy(update={"path": _local(source.path, folder)})
-        for key, source in (("train", config.data.train), ("preserve", config.data.preserve))
-        if source is not None
+        for key in ("train", "preserve", "validation")
+        if (source := getattr(config.data, key)) is not None
     }
     replay = config.data.replay
     if replay is not None and replay.source is not None:
@@ -412,13 +488,22 @@ def _existing(key: str, path: str, folder: Path | None) -> str:
 
 def _apply(content: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    parts = key.split(".")
-    if not separator or not all(parts):
+    if not separator or not all(key.split(".")):
         raise UserError(f"override: {override!r} given; write key.subkey=value, for example train.seed=1")
     try:
         value = yaml.load(text, Loader=_Loader) if text else None
     except yaml.YAMLError as error:
         raise UserError(f"{key}: {text!r} is not valid YAML; quote it if it is text") from error
+    put(content, key, value)
+
+
+def put(content: dict[str, Any], key: str, value: Any) -> None:
+    """Set the dotted ``key`` in nested mappings; those on the way that are not there are made.
+
+    Raises:
+        UserError: a part of the key holds something that has no keys.
+    """
+    parts = key.split(".")
     place = content
     for part in parts[:-1]:
         if place.get(part) is None:

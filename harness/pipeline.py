@@ -35,16 +35,16 @@ _EXECUTION = ("train.deepspeed", "train.ranks", "train.micro_batch_size", "train
 _READS = {
     "answers": ("model", "data.preserve", "data.answers", "data.max_length", "train.seed"),
     # And the source and kind of the method's statistics.
-    "calibrate": ("model", "data.max_length", "method.name", "train.seed"),
-    "init": ("model", "data.preserve", "data.train", "data.max_length", "method", "init.solver", "train.seed"),
+    "calibrate": ("task", "model", "data.max_length", "method.name", "train.seed"),
+    "init": ("task", "model", "data.preserve", "data.train", "data.max_length", "method", "init.solver", "train.seed"),
     "prepare": (
-        *("model", "data", "method", "anchor", "penalties", "train.seed"),
+        *("task", "model", "data", "method", "anchor", "penalties", "train.seed"),
         *("train.epochs", "train.max_steps", "train.batch_size"),  # which rows the run will see
     ),
-    "train": ("model", "data", "method", "anchor", "penalties", "train"),
-    "export": ("model", "data", "method", "anchor", "penalties", "train", "eval.checkpoints"),
-    "eval": ("model", "data", "method", "anchor", "penalties", "train", "eval"),
-    "report": ("model", "data", "method", "anchor", "penalties", "train", "eval"),
+    "train": ("task", "model", "data", "method", "anchor", "penalties", "train"),
+    "export": ("task", "model", "data", "method", "anchor", "penalties", "train", "eval.checkpoints"),
+    "eval": ("task", "model", "data", "method", "anchor", "penalties", "train", "eval"),
+    "report": ("task", "model", "data", "method", "anchor", "penalties", "train", "eval"),
 }
 # What init reads besides, where it chooses an option by short training runs.
 _PROBES_READ = ("train.learning_rate", "train.weight_decay", "train.max_grad_norm")
@@ -77,7 +77,7 @@ def run_stages(config: RunConfig, stages: list[str], force: str | None = None) -
                 _run_one(config, run, stage)
     else:
         for stage in _from_main_rank(None):
-            _function(stage)(config, run)
+            _call(stage, config, run)
 
 
 def has_work(config: RunConfig, stage: str) -> bool:
@@ -145,7 +145,7 @@ def discard_from(run: RunDirectory, stage: str) -> None:
     """Throw away what ``stage`` and every later stage left."""
     leavings: dict[str, list[Path]] = {
         "answers": [run.answers],
-        "calibrate": [run.statistics],
+        "calibrate": [run.statistics, run.base],
         "init": [run.init],
         "prepare": [run.prepared],
         "train": [run.checkpoints, run.metrics, run.tensorboard],
@@ -192,9 +192,21 @@ def locked(run: RunDirectory) -> Iterator[None]:
 def _run_one(config: RunConfig, run: RunDirectory, stage: str) -> None:
     record = {"inputs": stage_inputs(config, stage), "finished": False, "outputs": []}
     write_json(_record(run, stage), record)
-    _function(stage)(config, run)
+    _call(stage, config, run)
     outputs = [str(path.relative_to(run.path)) for path in _outputs(config, run, stage)]
     write_json(_record(run, stage), {**record, "finished": True, "outputs": outputs})
+
+
+def _call(stage: str, config: RunConfig, run: RunDirectory) -> None:
+    """Run a stage; one that trains or evaluates sees the base with the head that the task puts on it."""
+    from harness.tasks.registry import load_task
+
+    task = load_task(config)
+    if task.has_head and stage != "report":
+        from harness.tasks.head import with_head
+
+        config = with_head(task, run)
+    _function(stage)(config, run)
 
 
 def _function(stage: str) -> Callable[[RunConfig, RunDirectory], None]:

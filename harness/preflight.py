@@ -14,6 +14,7 @@ from harness.errors import UserError
 from harness.methods.base import Method
 from harness.methods.registry import method_class
 from harness.models.targets import Layer
+from harness.tasks.registry import task_class
 from harness.training.penalties.registry import entry_needs, penalty_entries
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -31,7 +32,7 @@ def check(config: RunConfig) -> None:
 def check_inputs(config: RunConfig) -> None:
     """`check` for what only reads the base model and the data: no training, no evaluation."""
     _check_model(config)
-    sources = {"data.train": config.data.train, "data.preserve": config.data.preserve}
+    sources = {f"data.{key}": getattr(config.data, key) for key in ("train", "preserve", "validation")}
     if config.data.replay is not None:
         sources["data.replay.source"] = config.data.replay.source
     for i, penalty in enumerate(config.penalties):  # whatever lists data sets of its own
@@ -40,6 +41,7 @@ def check_inputs(config: RunConfig) -> None:
     for key, source in sources.items():
         if source is not None:
             _check_source(key, source)
+            task_class(config.task)(config).check(key, source)
 
 
 def _check_model(config: RunConfig) -> None:
@@ -141,7 +143,7 @@ def _check_source(key: str, source: SourceConfig) -> None:
             f"{key}.split: {source.split!r} given; a file has one split: train, or a slice such as train[:1000]"
         )
     columns = _columns(f"{key}.path", path)
-    for field in ("prompt", "response"):
+    for field in ("prompt", "pair", "response", "image"):
         column = getattr(source, field)
         if columns is not None and column is not None and column not in columns:
             raise UserError(

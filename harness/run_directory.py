@@ -26,6 +26,11 @@ class RunDirectory:
         return self.path / "stages"
 
     @property
+    def base(self) -> Path:
+        """The base model with the head of the run's task, where the task adds one."""
+        return self.path / "base"
+
+    @property
     def statistics(self) -> Path:
         return self.path / "statistics"
 

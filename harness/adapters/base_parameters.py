@@ -5,14 +5,40 @@ have exchanged their names, so that the module computes with the twin. Nothing i
 module owns the same parameters as before, which is all that ZeRO-3 looks at.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 
 from harness.adapters.partitioned import gathered
+from harness.config import nearest
+from harness.errors import UserError
 
 _TWIN = "initial_"
+
+
+def train_in_full(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """Make the parameters of the modules of these names (or last parts of names) trainable; the modules.
+
+    Raises:
+        UserError: there is no such module, or it has nothing to train.
+    """
+    chosen = []
+    for name in names:
+        found = [m for n, m in model.named_modules() if n == name or n.endswith(f".{name}")]
+        parameters = [p for module in found for p in module.parameters() if p.is_floating_point()]
+        if not parameters:
+            known = sorted(
+                {n.rpartition(".")[2] for n, m in model.named_modules() if list(m.parameters(recurse=False))}
+            )
+            raise UserError(
+                f"model.modules_to_save: {name!r} is no module with weights; there are {', '.join(known)}"
+                f"{nearest(name, known)}"
+            )
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        chosen += found
+    return chosen
 
 
 def keep_initial(model: nn.Module) -> None:
@@ -23,6 +49,11 @@ def keep_initial(model: nn.Module) -> None:
                 with gathered([parameter]):
                     twin = nn.Parameter(parameter.detach().clone(), requires_grad=False)
                 module.register_parameter(_TWIN + name, twin)
+
+
+def has_initial(model: nn.Module) -> bool:
+    """Whether `keep_initial` kept anything."""
+    return any(name.startswith(_TWIN) for module in model.modules() for name in module._parameters.keys())  # noqa: SIM118
 
 
 @contextmanager

@@ -10,7 +10,7 @@ where the base weight became a residual and something needs the original model's
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from harness.adapters.base_parameters import initial_parameters
+from harness.adapters.base_parameters import has_initial, initial_parameters
 from harness.adapters.partitioned import gathered
+from harness.config import TaskName
 from harness.files import read_json, write_json, write_tensors
 from harness.methods.base import LowRank
 
 TRAINED, INITIAL = "default", "initial"
 _PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_TASK_TYPES: dict[str, str] = {
+    "causal_lm": "CAUSAL_LM",
+    "sequence_classification": "SEQ_CLS",
+    "regression": "SEQ_CLS",
+    "question_answering": "QUESTION_ANS",
+}
 SIGMA, BOUND = "lora_sigma.weight", "lora_bound"  # of the form U·diag(σ)·Vᵀ: `harness.adapters.singular`
 
 
@@ -134,18 +141,19 @@ def original_model(model: nn.Module) -> Iterator[None]:
     No second copy of the weights exists; where parameters of the base are trained, one of these. Gradients are off for
     adapters inside, and on again outside.
     """
-    if not isinstance(model, PeftModel):
-        with initial_parameters(model):
+    replaced = has_initial(model) or not isinstance(model, PeftModel)
+    with initial_parameters(model) if replaced else nullcontext():
+        if not isinstance(model, PeftModel):
             yield
-    elif INITIAL in model.peft_config:
-        model.base_model.set_adapter(INITIAL, inference_mode=True)
-        try:
-            yield
-        finally:
-            model.base_model.set_adapter(TRAINED)
-    else:
-        with model.disable_adapter():
-            yield
+        elif INITIAL in model.peft_config:
+            model.base_model.set_adapter(INITIAL, inference_mode=True)
+            try:
+                yield
+            finally:
+                model.base_model.set_adapter(TRAINED)
+        else:
+            with model.disable_adapter():
+                yield
 
 
 def write_adapter(folder: Path, factors: Mapping[str, LowRank], base_model: str) -> None:
@@ -158,6 +166,21 @@ def write_adapter(folder: Path, factors: Mapping[str, LowRank], base_model: str)
     layers = {name: {"lora_A.weight": factor.A, "lora_B.weight": factor.B} for name, factor in present.items()}
     ranks = {name: factor.A.shape[0] for name, factor in present.items()}
     write_layers(folder, layers, lora_config(ranks, scaling, base_model))
+
+
+def add_modules(folder: Path, tensors: Mapping[str, torch.Tensor], task: TaskName) -> None:
+    """Add modules that were trained in full to the adapter in ``folder``, as PEFT's ``modules_to_save``; and the task.
+
+    Args:
+        tensors: parameters by their names in the base model (``classifier.weight``).
+    """
+    config = read_json(folder / CONFIG)
+    config["task_type"] = _TASK_TYPES.get(task)
+    if tensors:
+        config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in tensors})
+        own = {f"{_PREFIX}{name}": tensor.float() for name, tensor in tensors.items()}
+        write_tensors(folder / WEIGHTS, load_file(folder / WEIGHTS) | own, {"format": "pt"})
+    write_json(folder / CONFIG, config)
 
 
 def write_layers(folder: Path, layers: Mapping[str, Mapping[str, torch.Tensor]], config: PeftConfig) -> None:
@@ -173,7 +196,8 @@ def write_layers(folder: Path, layers: Mapping[str, Mapping[str, torch.Tensor]],
 
 def read_layers(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors of an adapter that `write_layers` wrote, by layer and name, fp32 on the CPU."""
-    return by_layer({key.removeprefix(_PREFIX): tensor for key, tensor in load_file(folder / WEIGHTS).items()})
+    tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in load_file(folder / WEIGHTS).items()}
+    return by_layer({name: tensor for name, tensor in tensors.items() if ".lora_" in name})
 
 
 def parameter_count(folder: Path) -> int:

@@ -16,9 +16,9 @@ from harness.analysis.inputs import DataSet, choose_layers, configured, given, l
 from harness.config import RunConfig
 from harness.errors import UserError
 from harness.files import write_bytes, write_json
-from harness.models.loading import load_tokenizer
 from harness.preflight import check_inputs
 from harness.statistics.covariance import collect_input_covariance
+from harness.tasks.registry import load_task
 
 SIZE = 32
 
@@ -45,9 +45,9 @@ def covariance(
     """
     check_inputs(config)
     sets = _data_sets(config, data, samples)
-    tokenizer = load_tokenizer(config.model.path)
-    rows = [texts.rows(config, tokenizer) for texts in sets]
-    base = load_base(config, tokenizer)
+    task = load_task(config)
+    rows = [texts.rows(task) for texts in sets]
+    base = load_base(task)
     groups = base.groups(choose_layers(list(base.modules), layers), rows[0][0])
     firsts = list(dict.fromkeys(groups.values()))
 

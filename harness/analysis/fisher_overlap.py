@@ -31,12 +31,12 @@ from harness.data.tokenisation import IGNORED, Row
 from harness.decomposition.plain_svd import plain_svd
 from harness.errors import UserError
 from harness.files import write_bytes, write_json, write_text
+from harness.models.calling import arguments
 from harness.models.freezing import gradients_of_activations
-from harness.models.loading import load_tokenizer
 from harness.models.targets import describe, place
 from harness.preflight import check_inputs
 from harness.stages.calibrate import BATCH_ROWS
-from harness.training.trainer import response_loss
+from harness.tasks.registry import load_task
 
 MOST_ENTRIES = 1 << 26  # of per-row gradients held at once: 256 MB in fp32
 ALL = "all"
@@ -93,9 +93,9 @@ def fisher_overlap(
     check_inputs(config)
     sets = [configured(config, "preserve", samples) if data is None else given(data, samples)]
     sets.append(configured(config, "train", samples))
-    tokenizer = load_tokenizer(config.model.path)
-    rows = [_with_loss(texts.rows(config, tokenizer), texts) for texts in sets]
-    base = load_base(config, tokenizer)
+    task = load_task(config)
+    rows = [_with_loss(texts.rows(task), texts) for texts in sets]
+    base = load_base(task)
     names = choose_layers(list(base.modules), layers) if layers else list(base.modules)
     cuts = {
         layer.name: _cuts(layer.name, layer.out_features, layer.in_features, groups) for layer in describe(base.modules)
@@ -244,8 +244,9 @@ def _fisher(
 
             batch_of(mask, add)
             with torch.enable_grad():
-                logits = base.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits
-                loss = response_loss(logits, batch["labels"])
+                objective = base.task.objective
+                logits = objective.logits(base.model(**arguments(base.model, batch)), batch)
+                loss = objective.loss(logits, batch["labels"])
             if not torch.isfinite(loss):
                 raise UserError(
                     f"model.dtype: NaN or inf in the loss, {title}, batch {number}; try model.dtype=float32"

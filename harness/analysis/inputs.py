@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from harness.config import RunConfig, SourceConfig, nearest
 from harness.console import progress
@@ -21,8 +21,9 @@ from harness.data.tokenisation import Row
 from harness.errors import UserError
 from harness.models.loading import load_model
 from harness.models.sharing import input_groups
-from harness.models.targets import target_modules
+from harness.models.targets import adapted_modules
 from harness.stages.calibrate import BATCH_ROWS, calibration_rows, probe_inputs
+from harness.tasks.base import Task
 from harness.training.distributed import training_device
 
 T = TypeVar("T")
@@ -41,14 +42,13 @@ class DataSet:
 
     def rows(
         self,
-        config: RunConfig,
-        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
         sampling_round: int = 0,
         pool: list[Example] | None = None,
     ) -> list[Row]:
         """``samples`` rows drawn as the calibrate stage draws them, from ``pool`` if it is given."""
         examples = self.examples if pool is None else pool
-        return calibration_rows(config, self.source, examples, tokenizer, self.key, sampling_round)
+        return calibration_rows(task, self.source, examples, self.key, sampling_round)
 
     def record(self) -> dict[str, object]:
         """What the JSON says of the data set."""
@@ -100,13 +100,18 @@ class Base:
 
     model: PreTrainedModel
     modules: dict[str, nn.Linear]
-    pad_id: int
+    task: Task
     device: torch.device
+
+    @property
+    def pad_id(self) -> int:
+        """The token that pads."""
+        return self.task.pad_id
 
     def groups(self, names: Sequence[str], row: Row) -> dict[str, str]:
         """Layer → first of ``names`` that reads the same input, seen on a few tokens of ``row``."""
         modules = {name: self.modules[name] for name in names}
-        return input_groups(self.model, modules, probe_inputs(row, self.pad_id, self.device))
+        return input_groups(self.model, modules, probe_inputs(self.model, self.task, row, self.device))
 
     def collect(self, collector: Collector[T], groups: dict[str, str], rows: Sequence[Row], title: str) -> dict[str, T]:
         """What ``collector`` finds of each layer in ``groups`` on ``rows``, by layer (shared within a group)."""
@@ -120,11 +125,11 @@ class Base:
         return {name: found[group] for name, group in groups.items()}
 
 
-def load_base(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Base:
-    """The base of ``config``, never quantised, on the accelerator if there is one."""
+def load_base(task: Task) -> Base:
+    """The base of ``task``, never quantised, on the accelerator if there is one."""
     device = training_device()
-    model = load_model(config.model, device)
-    return Base(model, target_modules(model, config.model.target_modules), tokenizer.pad_token_id, device)
+    model = load_model(task.config.model, device)
+    return Base(model, adapted_modules(model, task.config.model), task, device)
 
 
 def choose_layers(known: Sequence[str], wanted: Sequence[str] | None) -> list[str]:

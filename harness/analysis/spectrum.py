@@ -17,10 +17,10 @@ from harness.config import RunConfig
 from harness.console import progress
 from harness.decomposition.context_svd import damped, singular_values
 from harness.files import write_bytes, write_json
-from harness.models.loading import load_tokenizer
 from harness.preflight import check_inputs
 from harness.statistics.covariance import collect_input_covariance
 from harness.statistics.mean_absolute import collect_mean_absolute_input
+from harness.tasks.registry import load_task
 
 METHODS = ("plain SVD", "ASVD", "CO-SVD")
 
@@ -49,9 +49,9 @@ def spectrum(
     """
     check_inputs(config)
     texts = configured(config, "preserve", samples) if data is None else given(data, samples)
-    tokenizer = load_tokenizer(config.model.path)
-    rows = texts.rows(config, tokenizer)
-    base = load_base(config, tokenizer)
+    task = load_task(config)
+    rows = texts.rows(task)
+    base = load_base(task)
     names = choose_layers(list(base.modules), layers)
     groups = base.groups(names, rows[0])
     covariances = base.collect(collect_input_covariance, groups, rows, "covariance")

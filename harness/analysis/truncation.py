@@ -28,18 +28,18 @@ from harness.config import RunConfig
 from harness.console import progress, say
 from harness.data.sampling import sample
 from harness.data.sources import Example
-from harness.data.tokenisation import Row, tokenise
+from harness.data.tokenisation import Row
 from harness.decomposition.compactness import log_compactness, selection_score
 from harness.decomposition.context_svd import context_svd, damped
 from harness.decomposition.rank_allocation import Spectrum, allocate_ranks
 from harness.errors import UserError
 from harness.files import write_bytes, write_json, write_text
-from harness.models.loading import load_tokenizer
 from harness.models.targets import Layer, describe
 from harness.preflight import check_inputs
 from harness.stages.calibrate import BATCH_ROWS
 from harness.statistics.covariance import collect_input_covariance
 from harness.statistics.mean_absolute import collect_mean_absolute_input
+from harness.tasks.registry import load_task
 from harness.training.preserve import token_means
 
 MOST_DISCARDS = 8
@@ -94,10 +94,10 @@ def truncation(
             f"warning: samples: {calibration.source.samples} of {len(pool)} calibration rows, so all {rounds} sampling "
             "rounds draw the same rows and CO-SVD++ selects nothing; give --samples"
         )
-    tokenizer = load_tokenizer(config.model.path)
-    rounds_of_rows = [calibration.rows(config, tokenizer, number, pool) for number in range(rounds)]
-    test_tokens = _language_rows(tokenise(test, tokenizer, config.data.max_length), texts.key)
-    base = load_base(config, tokenizer)
+    task = load_task(config)
+    rounds_of_rows = [calibration.rows(task, number, pool) for number in range(rounds)]
+    test_tokens = _language_rows(task.rows(test), texts.key)
+    base = load_base(task)
     layers = describe(base.modules)
     discards = _checked(discards, layers)
 

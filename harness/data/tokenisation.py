@@ -1,8 +1,10 @@
 """From text to token ids, with the loss on the response alone."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import torch
 
 from harness.console import progress
 from harness.data.sources import Example
@@ -15,10 +17,28 @@ IGNORED = -100  # the label that torch's cross-entropy leaves out
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenised example: ``input_ids`` and ``labels`` of the same length (`IGNORED` where there is no loss)."""
+    """One example as a model reads it.
+
+    Attributes:
+        input_ids: none where the model reads no text.
+        labels: one for each token (`IGNORED` where there is no loss); none where the whole row has one ``answer``.
+        answer: a class, a number, or the first and the last token of a span.
+        columns: whatever else the model reads for each token (``token_type_ids``); padded with 0.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    answer: int | float | tuple[int, int] | None = None
+    columns: Mapping[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether there is anything to learn from. The first token is predicted by nothing: its label never counts."""
+        return self.answer is not None or any(label != IGNORED for label in self.labels[1:])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the model reads besides tokens (``pixel_values``), stacked along the first dimension in a batch."""
+        return {}
 
 
 def tokenise(

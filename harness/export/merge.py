@@ -4,17 +4,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoProcessor, GenerationConfig
 from transformers.utils import cached_file
 
+from harness.config import ModelConfig, TaskName
 from harness.console import progress
 from harness.errors import UserError
 from harness.export.shards import INDEX, SHARD_BYTES, ShardWriter, read_file, read_tensors
 from harness.files import read_json
 from harness.methods.base import LowRank, Update
-from harness.models.loading import load_tokenizer, whole_weights
+from harness.models.loading import load_tokenizer
 from harness.models.quantisation import nf4_values, residual_weight
 from harness.models.targets import target_modules
+from harness.models.weights import empty_model
 
 SINGLE = "model.safetensors"
 
@@ -26,6 +28,7 @@ def write_merged(
     updates: Mapping[str, Update],
     replaced: Mapping[str, torch.Tensor] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    task: TaskName = "causal_lm",
 ) -> None:
     """Write base + updates to ``folder`` with configuration and tokenizer, one tensor in memory at a time.
 
@@ -52,24 +55,17 @@ def write_merged(
             "its modules, which merging shard by shard does not cover" + ("; use adapter/ instead" if updates else "")
         )
     writer.close()
-    write_companions(folder, base_model, dtype)
+    write_companions(folder, base_model, dtype, task)
 
 
-def write_frozen(
-    folder: Path,
-    base_model: str,
-    dtype: torch.dtype,
-    subtracted: Mapping[str, LowRank],
-    double: bool,
-    device: torch.device,
-) -> None:
-    """Write the frozen base of a quantised run to ``folder``: NF4 values of W − s·B·A, dequantised, in ``dtype``.
+def write_frozen(folder: Path, config: ModelConfig, subtracted: Mapping[str, LowRank], device: torch.device) -> None:
+    """Write the frozen base of a quantised run to ``folder``: NF4 values of W − s·B·A, dequantised, in its dtype.
 
     Quantised again on ``device``, where training ran, tensor by tensor: the same values that training computed with.
     """
-    with whole_weights(), torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_model, trust_remote_code=False))
-    linear = {f"{name}.weight": name for name in target_modules(empty, "all-linear")}
+    base_model, dtype, double = config.path, getattr(torch, config.dtype), config.double_quantization
+    targets = target_modules(empty_model(config), "all-linear", left_out=config.trained_modules)
+    linear = {f"{name}.weight": name for name in targets}
     writer = ShardWriter(folder)
     for key, tensor in progress(base_tensors(base_model), "dequantise"):
         if key in linear:
@@ -82,28 +78,36 @@ def write_frozen(
             "its modules, which dequantising shard by shard does not cover; use model.quantization: none"
         )
     writer.close()
-    write_companions(folder, base_model, dtype)
+    write_companions(folder, base_model, dtype, config.task)
 
 
-def write_companions(folder: Path, base_model: str, dtype: torch.dtype) -> None:
-    """Configuration, generation configuration and tokenizer, so that the folder loads by itself."""
+def write_companions(folder: Path, base_model: str, dtype: torch.dtype, task: TaskName = "causal_lm") -> None:
+    """Configuration and, of a model that generates, its generation configuration, and the tokenizer or processor.
+
+    The folder then loads by itself.
+    """
     config = AutoConfig.from_pretrained(base_model, trust_remote_code=False)
     config.dtype = dtype
     config.save_pretrained(folder)
+    if task != "causal_lm":
+        AutoProcessor.from_pretrained(base_model, trust_remote_code=False).save_pretrained(folder)
+    if task not in ("causal_lm", "image_text"):
+        return
     try:
         GenerationConfig.from_pretrained(base_model).save_pretrained(folder)
     except OSError:
         GenerationConfig.from_model_config(config).save_pretrained(folder)
-    load_tokenizer(base_model).save_pretrained(folder)
+    if task == "causal_lm":
+        load_tokenizer(base_model).save_pretrained(folder)
 
 
-def cast_model(source: Path, folder: Path, base_model: str, dtype: torch.dtype) -> None:
+def cast_model(source: Path, folder: Path, base_model: str, dtype: torch.dtype, task: TaskName = "causal_lm") -> None:
     """A fully fine-tuned model from its fp32 checkpoint, in ``dtype``, with configuration and tokenizer."""
     writer = ShardWriter(folder)
     for name, tensor in read_tensors(source):
         writer.add(name, tensor.to(dtype))
     writer.close()
-    write_companions(folder, base_model, dtype)
+    write_companions(folder, base_model, dtype, task)
 
 
 def base_tensors(base_model: str) -> Iterator[tuple[str, torch.Tensor]]:

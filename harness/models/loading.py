@@ -2,13 +2,30 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from harness.config import ModelConfig
+from harness.config import ModelConfig, TaskName
 from harness.errors import UserError
+
+_AUTO_CLASSES: dict[TaskName, str] = {
+    "causal_lm": "AutoModelForCausalLM",
+    "image_text": "AutoModelForImageTextToText",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "question_answering": "AutoModelForQuestionAnswering",
+    "masked_lm": "AutoModelForMaskedLM",
+    "image_classification": "AutoModelForImageClassification",
+}
+
+
+def auto_class(task: TaskName) -> Any:
+    """transformers' class that gives a base the head of ``task``."""
+    return getattr(transformers, _AUTO_CLASSES[task])
 
 
 def load_model(config: ModelConfig, device: torch.device | str | None = None) -> PreTrainedModel:
@@ -21,7 +38,7 @@ def load_model(config: ModelConfig, device: torch.device | str | None = None) ->
     """
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(config.task).from_pretrained(
             config.path, dtype=getattr(torch, config.dtype), trust_remote_code=False, use_safetensors=True
         )
     except OSError as error:

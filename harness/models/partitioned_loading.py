@@ -63,10 +63,10 @@ def load_quantised(config: ModelConfig, subtracted: Mapping[str, "LowRank"], dev
         _say_whole(config)
         with whole_weights():
             model = load_model(config)
-        quantise_linears(model, subtracted, dtype, double, device)
+        quantise_linears(model, subtracted, dtype, double, device, config.trained_modules)
         return model.to(device)
     divider = Divider() if configured.is_deepspeed_zero3_enabled() else None
-    for name, linear in target_modules(model, "all-linear").items():
+    for name, linear in target_modules(model, "all-linear", left_out=config.trained_modules).items():
         dense = weights.read(f"{name}.weight").to(device)
         layer = quantised_layer(linear, residual_weight(dense, subtracted.get(name), dtype), dtype, double)
         replace_module(model, name, layer)

@@ -51,10 +51,18 @@ def misread_on_cpu(layers: Sequence[Layer], device: torch.device) -> list[str]:
 
 @torch.no_grad()
 def quantise_linears(
-    model: nn.Module, subtracted: Mapping[str, "LowRank"], dtype: torch.dtype, double: bool, device: torch.device
+    model: nn.Module,
+    subtracted: Mapping[str, "LowRank"],
+    dtype: torch.dtype,
+    double: bool,
+    device: torch.device,
+    left_out: Sequence[str] = (),
 ) -> None:
-    """Put an NF4 layer holding its residual weight in the place of every linear layer but the output embedding."""
-    for name, linear in target_modules(model, "all-linear").items():
+    """Put an NF4 layer holding its residual weight in the place of every linear layer that ``all-linear`` names.
+
+    ``left_out``: modules that stay as they are, because they are trained themselves.
+    """
+    for name, linear in target_modules(model, "all-linear", left_out=left_out).items():
         weight = residual_weight(linear.weight.detach().to(device), subtracted.get(name), dtype)
         replace_module(model, name, quantised_layer(linear, weight, dtype, double))
     model.is_loaded_in_4bit = True  # what PEFT and transformers look at

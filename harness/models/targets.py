@@ -2,11 +2,13 @@
 
 import difflib
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
+from harness.config import ModelConfig
 from harness.errors import UserError
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -32,13 +34,26 @@ class Layer:
         return (self.out_features, self.in_features, *self.kernel)
 
 
+def adapted_modules(model: nn.Module, config: ModelConfig, convolutions: bool = False) -> dict[str, nn.Module]:
+    """The layers that a run adapts: `target_modules` as configured, without modules that are trained in full.
+
+    Raises:
+        UserError: as `target_modules`.
+    """
+    return target_modules(model, config.target_modules, convolutions, config.trained_modules)
+
+
 def target_modules(
-    model: nn.Module, targets: Literal["all-linear"] | list[str], convolutions: bool = False
+    model: nn.Module,
+    targets: Literal["all-linear"] | list[str],
+    convolutions: bool = False,
+    left_out: Sequence[str] = (),
 ) -> dict[str, nn.Module]:
     """The target layers of ``model`` by dotted name, in the order in which the model defines them.
 
-    ``all-linear`` is every `nn.Linear` but the output embedding, as in PEFT. A list holds full names or their
-    last parts (``q_proj``); it may name convolutions where the method has a form for them (``convolutions``).
+    ``all-linear`` is every `nn.Linear` but the output embedding and the head of a task, as in PEFT. A list holds full
+    names or their last parts (``q_proj``); it may name convolutions where the method has a form for them
+    (``convolutions``). Nothing in the modules ``left_out`` is a target.
 
     Raises:
         UserError: an entry of the list matches no layer, or a convolution where only linear layers are adapted; the
@@ -46,12 +61,17 @@ def target_modules(
     """
     get_output = getattr(model, "get_output_embeddings", lambda: None)
     output = get_output()
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output}
+    named = {
+        n: m for n, m in model.named_modules() if not any(_named(part, o) for o in left_out for part in _within(n))
+    }
+    linear = {n: m for n, m in named.items() if isinstance(m, nn.Linear) and m is not output}
     if targets == "all-linear":
+        body = _body_prefix(model)
+        linear = {n: m for n, m in linear.items() if n.startswith(body)}
         if not linear:
             raise UserError("model.target_modules: the model has no torch.nn.Linear layers; all-linear finds none")
         return linear
-    convolved = {n: m for n, m in model.named_modules() if is_convolution(m)}
+    convolved = {n: m for n, m in named.items() if is_convolution(m)}
     allowed = linear | convolved if convolutions else linear
     chosen: set[str] = set()
     for target in targets:
@@ -72,6 +92,19 @@ def target_modules(
             )
         chosen |= matches
     return {name: module for name, module in model.named_modules() if name in chosen}
+
+
+def _body_prefix(model: nn.Module) -> str:
+    """What the names of a model's own layers begin with, where others are the head that a task put on it."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def _within(name: str) -> Iterator[str]:
+    """The name itself and those of the modules around it."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def is_convolution(module: nn.Module) -> bool:

@@ -17,13 +17,13 @@ from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from harness.config import ModelConfig
 from harness.console import say
 from harness.errors import UserError
 from harness.files import tensor_checksum
-from harness.models.loading import load_model, whole_weights
+from harness.models.loading import auto_class, load_model, whole_weights
 
 
 def empty_model(config: ModelConfig) -> PreTrainedModel:
@@ -37,7 +37,9 @@ def empty_model(config: ModelConfig) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {config.path!r} cannot be loaded: {' '.join(str(error).split())}") from error
     with whole_weights(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(described, dtype=getattr(torch, config.dtype), trust_remote_code=False)
+        model = auto_class(config.task).from_config(
+            described, dtype=getattr(torch, config.dtype), trust_remote_code=False
+        )
     model.tie_weights()
     return model.eval()
 

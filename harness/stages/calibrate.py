@@ -7,28 +7,29 @@ Every statistic ends on the one rank that owns it, which writes its file.
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from typing import Any
 
 import psutil
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from harness.cache import Cache
 from harness.config import RunConfig, SourceConfig
 from harness.console import in_words, say, work_bar
 from harness.data.collation import Batch, collate
 from harness.data.sampling import sample, seed_for
-from harness.data.sources import Example, read_examples
-from harness.data.tokenisation import Row, tokenise
+from harness.data.tokenisation import Row
 from harness.errors import UserError
 from harness.measurement import available_memory, measured
 from harness.memory import freed_at_once
 from harness.methods.base import StatisticsRequest
 from harness.methods.registry import method_class, required_statistics
-from harness.models.loading import load_model, load_tokenizer
+from harness.models.calling import arguments
+from harness.models.loading import load_model
 from harness.models.sharing import input_groups
 from harness.models.streaming import decoder_blocks
-from harness.models.targets import target_modules
+from harness.models.targets import adapted_modules
 from harness.models.weights import BaseWeights, empty_model
 from harness.run_directory import RunDirectory
 from harness.statistics.kept import KeptStatistics
@@ -38,10 +39,11 @@ from harness.statistics.resident import collect_resident
 from harness.statistics.statistic import Kind, Statistic
 from harness.statistics.store import StatisticsWriter
 from harness.statistics.streamed import collect_streamed
+from harness.tasks.base import Task
+from harness.tasks.registry import load_task
 from harness.training.distributed import barrier, rank, share, training_device, world_size
 
 BATCH_ROWS = 8
-PROBE_TOKENS = 8
 RESIDENT_SHARE = 0.5  # of the memory available to a rank: the rest is for activations
 
 
@@ -59,8 +61,8 @@ def calibrate(config: RunConfig, run: RunDirectory) -> None:
     source = getattr(config.data, key)
     if source is None:
         raise UserError(f"data.preserve: missing; method {config.method['name']!r} takes statistics from it")
-    tokenizer = load_tokenizer(config.model.path)
-    examples = read_examples(source, f"data.{key}")
+    task = load_task(config)
+    examples = task.read(source, f"data.{key}")
     if request.rounds > 1 and source.samples >= len(examples):
         say(
             f"warning: data.{key}.samples: {source.samples} of {len(examples)} rows, so all {request.rounds} sampling "
@@ -68,14 +70,12 @@ def calibrate(config: RunConfig, run: RunDirectory) -> None:
         )
     model = empty_model(config.model)
     convolutions = method_class(config.method["name"]).adapts_convolutions
-    targets = target_modules(model, config.model.target_modules, convolutions)
+    targets = adapted_modules(model, config.model, convolutions)
     modules = {name: module for name, module in targets.items() if isinstance(module, nn.Linear)}
     if not modules:  # statistics are of linear layers; what asked for them here was the error of quantising those
         return
     widest = max(module.in_features for module in modules.values())
-    rounds = [
-        calibration_rows(config, source, examples, tokenizer, f"data.{key}", number) for number in range(request.rounds)
-    ]
+    rounds = [calibration_rows(task, source, examples, f"data.{key}", number) for number in range(request.rounds)]
     for tokens in {sum(len(row.input_ids) for row in rows) for rows in rounds}:
         if tokens < widest:
             say(
@@ -83,10 +83,10 @@ def calibrate(config: RunConfig, run: RunDirectory) -> None:
                 f"rank {tokens} at most, so it says nothing about other directions; take more samples or longer texts"
             )
     # Labels that the model draws must not depend on which rank draws them, so a row's draw is seeded by its text.
-    labels = Labels(request.fisher, seed_for("fisher", config.train.seed))
+    labels = Labels(request.fisher, seed_for("fisher", config.train.seed), task.objective)
     with StatisticsWriter(run.statistics) as writer, measured() as phase:
         kept = KeptStatistics(Cache(), config.model, list(modules), labels) if config.init.cache else None
-        work = _Work(config, request, model, modules, rounds, labels, tokenizer.pad_token_id, writer, kept)
+        work = _Work(task, request, model, modules, rounds, labels, writer, kept)
         missing = work.take()
         how = work.collect(missing) if missing else "from the cache"
         work.finish(missing)
@@ -95,27 +95,20 @@ def calibrate(config: RunConfig, run: RunDirectory) -> None:
     say(f"calibrate: {work.counts()} serve {len(modules)} layers; {how}; {phase}{work.reduced()}")
 
 
-def calibration_rows(
-    config: RunConfig,
-    source: SourceConfig,
-    examples: list[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    key: str,
-    number: int,
-) -> list[Row]:
+def calibration_rows(task: Task, source: SourceConfig, examples: list[Any], key: str, number: int) -> list[Row]:
     """The rows of one sampling round, sorted by length: less padding and, padding being masked, the same numbers."""
-    chosen = sample(examples, source.samples, "calibrate", config.train.seed, number)
-    rows = sorted(tokenise(chosen, tokenizer, config.data.max_length), key=lambda row: len(row.input_ids))
+    chosen = sample(examples, source.samples, "calibrate", task.config.train.seed, number)
+    rows = sorted(task.rows(chosen), key=lambda row: len(row.input_ids))
     empty = sum(not row.input_ids for row in rows)
     if empty:
         raise UserError(f"{key}: {empty} of {len(rows)} sampled rows have no tokens; remove empty rows")
     return rows
 
 
-def probe_inputs(row: Row, pad_id: int, device: torch.device) -> dict[str, object]:
+def probe_inputs(model: nn.Module, task: Task, row: Row, device: torch.device) -> dict[str, Any]:
     """One short row as keyword arguments of the model's forward."""
-    probe = collate([Row(row.input_ids[:PROBE_TOKENS], [])], pad_id)
-    return {name: probe[name].to(device) for name in ("input_ids", "attention_mask")} | {"use_cache": False}
+    probe = collate([task.probe_row(row)], task.pad_id)
+    return arguments(model, {name: tensor.to(device) for name, tensor in probe.items()})
 
 
 class _Work:
@@ -123,19 +116,19 @@ class _Work:
 
     def __init__(
         self,
-        config: RunConfig,
+        task: Task,
         request: StatisticsRequest,
         model: PreTrainedModel,
         modules: dict[str, nn.Linear],
         rounds: list[list[Row]],
         labels: Labels,
-        pad_id: int,
         writer: StatisticsWriter,
         kept: KeptStatistics | None,
     ) -> None:
         """``model``: without weights."""
-        self._config, self._request, self._model, self._modules = config, request, model, modules
-        self._rounds, self._labels, self._pad_id = rounds, labels, pad_id
+        self._task, self._config = task, task.config
+        self._request, self._model, self._modules = request, model, modules
+        self._rounds, self._labels, self._pad_id = rounds, labels, task.pad_id
         self._writer, self._kept = writer, kept
         self._groups: dict[int, dict[Kind, dict[str, str]]] = {}  # round → kind → layer → group
         self._reduction = Reduction()
@@ -190,7 +183,7 @@ class _Work:
         modules = {name: model.get_submodule(name) for name in self._modules}
         with work_bar("calibrate", sum(len(self._batches(number)) for number in missing)) as bar:
             for number in missing:
-                groups = input_groups(model, modules, probe_inputs(self._rounds[0][0], self._pad_id, self._device))
+                groups = input_groups(model, modules, probe_inputs(model, self._task, self._rounds[0][0], self._device))
 
                 def batches(number: int = number) -> Iterator[Batch]:
                     for rows in self._batches(number):
@@ -207,7 +200,7 @@ class _Work:
     def _collect_streamed(self, missing: Sequence[int]) -> None:
         weights = BaseWeights(self._config.model, self._model)
         blocks = len(decoder_blocks(self._model, list(self._modules)).names)
-        probe = collate([Row(self._rounds[0][0].input_ids[:PROBE_TOKENS], [])], self._pad_id)
+        probe = collate([self._task.probe_row(self._rounds[0][0])], self._pad_id)
         gradients = self._request.needs_gradients
         batches = {n: [collate(rows, self._pad_id) for rows in self._batches(n)] for n in missing}
         total = sum(map(len, batches.values())) * blocks * (2 if gradients else 1)

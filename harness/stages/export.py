@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from harness.adapters.lora import read_layers
+from harness.adapters.lora import add_modules, read_layers
 from harness.adapters.tensor_forms import TensorUpdate
 from harness.config import RunConfig
 from harness.console import say
@@ -19,7 +19,7 @@ from harness.methods.base import LowRank, Method, Update
 from harness.methods.registry import build_method
 from harness.run_directory import RunDirectory
 from harness.stages.initialise import subtracted_blocks
-from harness.stages.train import trained_layers
+from harness.stages.train import trained_layers, trained_modules
 from harness.training.distributed import barrier, rank, training_device
 
 
@@ -51,25 +51,29 @@ def _export_one(
     if method.trains_base:
         with _published(destination / "merged") as staging:
             if method.trains_all:
-                cast_model(checkpoint / "trained", staging, config.model.path, dtype)
+                cast_model(checkpoint / "trained", staging, config.model.path, dtype, config.task)
             else:
-                write_merged(staging, config.model.path, dtype, {}, dict(read_tensors(checkpoint / "trained")))
+                trained = dict(read_tensors(checkpoint / "trained"))
+                write_merged(staging, config.model.path, dtype, {}, trained, task=config.task)
         return
     layers = trained_layers(checkpoint, read_layers(run.init))
     # The frozen base of a quantised run is the residual already: the adapter alone is what is added to it.
     quantised = config.model.quantization != "none"
-    base = str(run.frozen_base) if quantised else config.model.path
+    base = str(run.frozen_base) if quantised else config.model.original
     subtracted: dict[str, LowRank] = {} if quantised else subtracted_blocks(run.init)
     updates: dict[str, Update] = {name: method.update(own, subtracted.get(name)) for name, own in layers.items()}
+    beside = trained_modules(checkpoint)
     with _published(destination / "adapter") as staging:
         method.write_adapter(staging, layers, updates, base)
+        add_modules(staging, beside, config.task)
     unservable = any(
         isinstance(update, TensorUpdate) or (config.eval.backend == "vllm" and not isinstance(update, LowRank))
         for update in updates.values()
     )
     if final or unservable:
         with _published(destination / "merged") as staging:
-            write_merged(staging, base, dtype, updates)
+            under = base if quantised else config.model.path
+            write_merged(staging, under, dtype, updates, beside, task=config.task)
 
 
 def _export_frozen_base(config: RunConfig, run: RunDirectory) -> None:
@@ -77,10 +81,8 @@ def _export_frozen_base(config: RunConfig, run: RunDirectory) -> None:
     with _published(run.frozen_base) as staging:
         write_frozen(
             staging,
-            config.model.path,
-            getattr(torch, config.model.dtype),
+            config.model,
             subtracted_blocks(run.init),
-            config.model.double_quantization,
             training_device(),
         )
 

@@ -27,7 +27,7 @@ from harness.memory import freed_at_once
 from harness.methods.base import AdapterInit, LowRank, Method
 from harness.methods.registry import build_method
 from harness.models.quantisation import BLOCK, misread_on_cpu, quantisation_errors
-from harness.models.targets import Layer, describe, target_modules
+from harness.models.targets import Layer, adapted_modules, describe
 from harness.models.weights import BaseWeights, empty_model
 from harness.reporting.ranks import draw_ranks
 from harness.run_directory import RunDirectory
@@ -100,7 +100,7 @@ class LayerSource:
         self._method = method
         self._statistics = statistics
         self._device = training_device()
-        modules = target_modules(self._model, config.model.target_modules, method.adapts_convolutions)
+        modules = adapted_modules(self._model, config.model, method.adapts_convolutions)
         self.layers = describe(modules)
         costs = [layer_cost(method, layer).total for layer in self.layers]
         owners = assign_by_cost(costs, world_size())

@@ -17,7 +17,7 @@ from harness.config import RunConfig
 from harness.measurement import in_words
 from harness.methods.base import Method
 from harness.methods.registry import build_method
-from harness.models.targets import Layer, describe, target_modules
+from harness.models.targets import Layer, adapted_modules, describe
 from harness.models.weights import empty_model
 from harness.training.distributed import training_device
 from harness.training.ownership import assign_by_cost
@@ -76,7 +76,7 @@ def plan_layers(config: RunConfig, ranks: int) -> list[PlannedLayer]:
         UserError: the model cannot be described, or a target matches no layer.
     """
     method = build_method(config.method, config.train.seed, config.model)
-    modules = target_modules(empty_model(config.model), config.model.target_modules, method.adapts_convolutions)
+    modules = adapted_modules(empty_model(config.model), config.model, method.adapts_convolutions)
     layers = describe(modules)
     costs = [layer_cost(method, layer, getattr(torch, config.model.dtype)) for layer in layers]
     owners = assign_by_cost([cost.total for cost in costs], ranks)

@@ -6,9 +6,10 @@ from harness.config import RunConfig
 from harness.console import say
 from harness.files import publish_directory, sha256, write_json, write_tensors
 from harness.methods.registry import build_method
-from harness.models.loading import load_tokenizer, whole_weights
+from harness.models.loading import whole_weights
 from harness.run_directory import RunDirectory
 from harness.stages.train import PREPARED_INDEX, build_model, penalty_setup, scheduled_rows
+from harness.tasks.registry import load_task
 from harness.training.distributed import barrier, rank
 from harness.training.penalties.base import Preparation
 from harness.training.penalties.registry import build_penalty, entry_needs, penalty_entries, prepared_name
@@ -16,8 +17,8 @@ from harness.training.penalties.registry import build_penalty, entry_needs, pena
 
 def prepare(config: RunConfig, run: RunDirectory) -> None:
     """Write ``prepared/``: one safetensors file for each penalty that prepares something, and their checksums."""
-    tokenizer = load_tokenizer(config.model.path)
-    training = scheduled_rows(config, run, tokenizer)
+    task = load_task(config)
+    training = scheduled_rows(task, run)
     method = build_method(config.method, config.train.seed)
     with whole_weights():
         model = build_model(config, run, method, resume=None, needs_original=not method.starts_at_base)
@@ -30,8 +31,8 @@ def prepare(config: RunConfig, run: RunDirectory) -> None:
     for number, entry in enumerate(penalty_entries(config)):
         if not entry_needs(entry).preparation:
             continue
-        setup = penalty_setup(config, run, entry, tokenizer, training)
-        tensors = build_penalty(entry, setup).prepare(Preparation(model, method, config, tokenizer))
+        setup = penalty_setup(task, run, entry, training)
+        tensors = build_penalty(entry, setup).prepare(Preparation(model, method, task))
         if rank() == 0:
             file = staging / f"{prepared_name(number, entry)}.safetensors"
             write_tensors(file, tensors)

@@ -18,23 +18,23 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from harness.config import RunConfig, SourceConfig
 from harness.console import progress, say
-from harness.data.collation import collate
+from harness.data.collation import LABELS, collate
 from harness.data.sampling import seed_for
-from harness.data.sources import read_examples
-from harness.data.tokenisation import IGNORED, Row, tokenise
+from harness.data.tokenisation import Row
 from harness.errors import UserError
 from harness.files import write_json
 from harness.methods.base import Method, ProbeRequest
-from harness.models.loading import load_model, load_tokenizer
+from harness.models.calling import arguments
+from harness.models.loading import load_model
 from harness.run_directory import RunDirectory
 from harness.stages.train import build_model
+from harness.tasks.base import Task
+from harness.tasks.registry import load_task
 from harness.training.distributed import barrier, rank, share, training_device, world_size
 from harness.training.schedule import ScheduledRows
-from harness.training.trainer import response_loss
 
 BATCH_ROWS = 8
 
@@ -72,19 +72,19 @@ def choose(
     Raises:
         UserError: there is no preserve set, there are too few rows, or no candidate ends with a finite loss.
     """
-    tokenizer = load_tokenizer(config.model.path)
-    rows = probe_rows(config, probe, tokenizer)
+    task = load_task(config)
+    rows = probe_rows(task, probe)
     config = config.model_copy(update={"model": config.model.model_copy(update=_unquantised(config.model.dtype))})
 
     def losses(number: int | None) -> Losses:
         gc.collect()  # models hold references to themselves, and the last one must be gone before the next is loaded
         if number is None:  # the base itself
-            return _measured(load_model(config.model, training_device()), rows, tokenizer.pad_token_id)
+            return _measured(load_model(config.model, training_device()), rows, task)
         method = candidates[number]
         method.set_steps(probe.steps)
         model = build_model(config, folders[number], method, None, needs_original=False)
-        _train(config, probe, method, model, rows.training, tokenizer.pad_token_id)
-        return _measured(model, rows, tokenizer.pad_token_id)
+        _train(task, probe, method, model, rows.training)
+        return _measured(model, rows, task)
 
     found = _gathered({number: losses(number) for number in progress(share([None, *range(len(candidates))]), "probe")})
     base = found[None]
@@ -111,7 +111,7 @@ def choose(
     return best
 
 
-def probe_rows(config: RunConfig, probe: ProbeRequest, tokenizer: PreTrainedTokenizerBase) -> ProbeRows:
+def probe_rows(task: Task, probe: ProbeRequest) -> ProbeRows:
     """Rows drawn by the seed: twice ``probe.rows`` of the target data, half to train on, and as many preserve rows.
 
     A target set that is smaller is halved too.
@@ -119,13 +119,14 @@ def probe_rows(config: RunConfig, probe: ProbeRequest, tokenizer: PreTrainedToke
     Raises:
         UserError: there is no preserve set, or fewer than two usable target rows.
     """
+    config = task.config
     if config.data.preserve is None:
         raise UserError(
             f"data.preserve: missing; method.{probe.option}: auto weighs what is learned against what is lost on it; "
             f"give data.preserve or set method.{probe.option}"
         )
-    target = _drawn(config, config.data.train, "train", 2 * probe.rows, tokenizer)
-    preserve = _drawn(config, config.data.preserve, "preserve", probe.rows, tokenizer)
+    target = _drawn(task, config.data.train, "train", 2 * probe.rows)
+    preserve = _drawn(task, config.data.preserve, "preserve", probe.rows)
     for key, usable, needed in (("train", target, 2), ("preserve", preserve, 1)):
         if len(usable) < needed:
             raise UserError(
@@ -136,15 +137,12 @@ def probe_rows(config: RunConfig, probe: ProbeRequest, tokenizer: PreTrainedToke
     return ProbeRows(target[:half], target[half:], preserve)
 
 
-def _drawn(
-    config: RunConfig, source: SourceConfig, key: str, count: int, tokenizer: PreTrainedTokenizerBase
-) -> list[Row]:
+def _drawn(task: Task, source: SourceConfig, key: str, count: int) -> list[Row]:
     """``count`` rows in an order drawn by the seed, all if there are no more, less those without a loss."""
-    examples = read_examples(source, f"data.{key}")
-    generator = torch.Generator().manual_seed(seed_for("probe rows", key, config.train.seed))
+    examples = task.read(source, f"data.{key}")
+    generator = torch.Generator().manual_seed(seed_for("probe rows", key, task.config.train.seed))
     order = torch.randperm(len(examples), generator=generator)[:count].tolist()
-    rows = tokenise([examples[i] for i in order], tokenizer, config.data.max_length)
-    return [row for row in rows if any(label != IGNORED for label in row.labels[1:])]
+    return [row for row in task.rows([examples[i] for i in order]) if row.has_loss]
 
 
 def _unquantised(dtype: str) -> dict[str, str]:
@@ -152,10 +150,8 @@ def _unquantised(dtype: str) -> dict[str, str]:
     return {"quantization": "none", "dtype": "float32" if dtype == "float16" else dtype}
 
 
-def _train(
-    config: RunConfig, probe: ProbeRequest, method: Method, model: nn.Module, rows: list[Row], pad_id: int
-) -> None:
-    options, device = config.train, next(model.parameters()).device
+def _train(task: Task, probe: ProbeRequest, method: Method, model: nn.Module, rows: list[Row]) -> None:
+    options, device = task.config.train, next(model.parameters()).device
     batch_size = min(BATCH_ROWS, len(rows))
     schedule = ScheduledRows(rows, probe.steps, batch_size, options.seed)
     groups = method.param_groups(model, options.learning_rate, options.weight_decay)
@@ -164,9 +160,9 @@ def _train(
     torch.manual_seed(seed_for("probe", options.seed))  # dropout, where the base has any
     model.train()
     for step in range(probe.steps):
-        batch = collate([schedule[step * batch_size + i] for i in range(batch_size)], pad_id)
+        batch = collate([schedule[step * batch_size + i] for i in range(batch_size)], task.pad_id)
         batch = {key: value.to(device) for key, value in batch.items()}
-        total, tokens = _loss(model, batch)
+        total, tokens = _loss(model, batch, task)
         loss = total / tokens
         own = method.penalty(model)
         (loss if own is None else loss + own).backward()
@@ -179,25 +175,25 @@ def _train(
 
 
 @torch.no_grad()
-def _measured(model: nn.Module, rows: ProbeRows, pad_id: int) -> Losses:
+def _measured(model: nn.Module, rows: ProbeRows, task: Task) -> Losses:
     device = next(model.parameters()).device
     model.eval()
 
     def mean(part: list[Row]) -> float:
         total, tokens = 0.0, 0
         for start in range(0, len(part), BATCH_ROWS):
-            batch = {k: v.to(device) for k, v in collate(part[start : start + BATCH_ROWS], pad_id).items()}
-            loss, count = _loss(model, batch)
+            batch = {k: v.to(device) for k, v in collate(part[start : start + BATCH_ROWS], task.pad_id).items()}
+            loss, count = _loss(model, batch, task)
             total, tokens = total + loss.item(), tokens + count
         return total / tokens
 
     return Losses(mean(rows.target), mean(rows.preserve))
 
 
-def _loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """Sum of the response loss of a batch, and how many tokens it is over."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    return response_loss(logits, batch["labels"]), int((batch["labels"][:, 1:] != IGNORED).sum())
+def _loss(model: nn.Module, batch: dict[str, torch.Tensor], task: Task) -> tuple[torch.Tensor, int]:
+    """Sum of the loss of a batch, and how many items it is over."""
+    logits = task.objective.logits(model(**arguments(model, batch)), batch)
+    return task.objective.loss(logits, batch[LABELS]), int(task.objective.counted(batch[LABELS]).sum())
 
 
 def _gathered(mine: dict[int | None, Losses]) -> dict[int | None, Losses]:

@@ -1,35 +1,32 @@
 """The rows that are replayed: what of the old goes into the batches of the new."""
 
-from transformers import PreTrainedTokenizerBase
-
-from harness.config import RunConfig
 from harness.console import say
-from harness.data.sources import read_examples
-from harness.data.tokenisation import IGNORED, Row, tokenise
+from harness.data.tokenisation import Row
 from harness.errors import UserError
 from harness.run_directory import RunDirectory
 from harness.stages.answers import answered_rows
+from harness.tasks.base import Task
 
 
-def replay_rows(config: RunConfig, run: RunDirectory, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+def replay_rows(task: Task, run: RunDirectory) -> list[Row]:
     """Rows of ``data.replay``: the loss is on the response, or on all tokens where there is none; [] without replay.
 
     Raises:
         UserError: no row has a token with a loss.
     """
+    config = task.config
     replay = config.data.replay
     if replay is None or replay.ratio == 0:
         return []
     if replay.answers:
-        return answered_rows(config, run, tokenizer)
+        return answered_rows(config, run, task.tokenizer)
     key, source = ("data.replay.source", replay.source) if replay.source else ("data.preserve", config.data.preserve)
     if source is None:
         raise UserError("data.replay: no rows to replay; give data.preserve or data.replay.source")
-    rows = tokenise(read_examples(source, key), tokenizer, config.data.max_length, "tokenise replay")
-    # The first token is predicted by nothing, so its label never counts.
-    useful = [row for row in rows if any(label != IGNORED for label in row.labels[1:])]
+    useful, others = task.useful_rows(source, key, "tokenise replay")
+    rows = len(useful) + others
     if not useful:
-        raise UserError(f"{key}: none of {len(rows)} rows has a token to replay within data.max_length")
-    if len(useful) < len(rows):
-        say(f"warning: {key}: {len(rows) - len(useful)} of {len(rows)} rows have no token to replay and are left out")
+        raise UserError(f"{key}: none of {rows} rows has a token to replay within data.max_length")
+    if others:
+        say(f"warning: {key}: {others} of {rows} rows have no token to replay and are left out")
     return useful

@@ -10,27 +10,27 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
-from harness.adapters.base_parameters import keep_initial
+from harness.adapters.base_parameters import keep_initial, train_in_full
 from harness.adapters.lora import add_initial, load_tensors, read_layers, subtract_from_base
 from harness.config import RunConfig
 from harness.console import say
 from harness.data.sampling import sample
-from harness.data.sources import read_examples
-from harness.data.tokenisation import IGNORED, Row, tokenise
+from harness.data.tokenisation import Row
 from harness.errors import UserError
 from harness.export.shards import read_file, read_tensors
 from harness.files import read_json, sha256
 from harness.methods.base import LowRank, Method
 from harness.methods.registry import build_method
-from harness.models.loading import load_tokenizer
 from harness.models.partitioned_loading import cast_undivided, load_quantised, load_trained
-from harness.models.targets import target_modules
+from harness.models.targets import adapted_modules
 from harness.run_directory import RunDirectory
 from harness.stages.answers import answered_rows
 from harness.stages.initialise import subtracted_blocks
 from harness.stages.replay import replay_rows
+from harness.tasks.base import Task
+from harness.tasks.registry import load_task
 from harness.training.callbacks import MetricsWriter, PreserveLoss, Projection, SingleBar
 from harness.training.diagnostics import Diagnostics
 from harness.training.distributed import barrier, rank, training_device, world_size
@@ -60,49 +60,50 @@ def train(config: RunConfig, run: RunDirectory) -> None:
 def make_trainer(config: RunConfig, run: RunDirectory, resume: Path | None = None) -> HarnessTrainer:
     """The trainer of a run, its model with the tensors of step 0 or of the checkpoint ``resume``."""
     # The arguments come first: with ZeRO-3 they tell transformers to partition weights while it loads them.
-    tokenizer = load_tokenizer(config.model.path)
-    rows = scheduled_rows(config, run, tokenizer)
+    task = load_task(config)
+    rows = scheduled_rows(task, run)
     arguments = training_arguments(config, run, rows.steps)
     method = build_method(config.method, config.train.seed)
-    penalties = build_penalties(config, run, tokenizer, rows)
+    penalties = build_penalties(task, run, rows)
     needs_original = any(entry_needs(entry).original_model for entry in penalty_entries(config))
     method.set_steps(rows.steps)
     trainer = HarnessTrainer(
         build_model(config, run, method, resume, needs_original),
         arguments,
         rows,
-        pad_id=tokenizer.pad_token_id,
+        task=task,
         method=method,
         penalties=penalties,
         checkpoint_folder=run.checkpoints,
     )
-    add_callbacks(trainer, config, run, method, tokenizer, rows.epochs_per_step)
+    add_callbacks(trainer, task, run, method, rows.epochs_per_step)
     return trainer
 
 
-def training_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+def training_rows(task: Task) -> list[Row]:
     """The rows of the training set that something can be learned from.
 
     Raises:
         UserError: no row has a token with a loss.
     """
-    examples = read_examples(config.data.train, "data.train")
-    rows = tokenise(examples, tokenizer, config.data.max_length, "tokenise train")
-    # The first token is predicted by nothing, so its label never counts.
-    useful = [row for row in rows if any(label != IGNORED for label in row.labels[1:])]
-    cut = len(rows) - len(useful)
+    config = task.config
+    useful, cut = task.useful_rows(config.data.train, "data.train", "tokenise train")
     if not useful:
         raise UserError(
             f"data.max_length: {config.data.max_length} given; no row has a response token within it, raise it"
         )
     if cut:
-        say(f"warning: data.max_length: {cut} of {len(rows)} rows have no response token within it and are left out")
+        say(
+            f"warning: data.max_length: {cut} of {cut + len(useful)} rows have no response token within it and are "
+            "left out"
+        )
     return useful
 
 
-def scheduled_rows(config: RunConfig, run: RunDirectory, tokenizer: PreTrainedTokenizerBase) -> ScheduledRows:
+def scheduled_rows(task: Task, run: RunDirectory) -> ScheduledRows:
     """The rows of the whole run in the order in which steps take them, those that are replayed among them."""
-    rows, replay = training_rows(config, tokenizer), replay_rows(config, run, tokenizer)
+    config = task.config
+    rows, replay = training_rows(task), replay_rows(task, run)
     ratio = config.data.replay.ratio if config.data.replay is not None else 0.0
     steps = total_steps(config.train, len(rows), ratio)
     return ScheduledRows(rows, steps, config.train.batch_size, config.train.seed, replay, ratio)
@@ -162,34 +163,27 @@ def deepspeed_config(path: Path) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in ("optimizer", "scheduler")}
 
 
-def preserve_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+def preserve_rows(task: Task) -> list[Row]:
     """All rows of the preserve set; none where there is no preserve set."""
-    if config.data.preserve is None:
+    source = task.config.data.preserve
+    if source is None:
         return []
-    examples = read_examples(config.data.preserve, "data.preserve")
-    return [r for r in tokenise(examples, tokenizer, config.data.max_length, "tokenise preserve") if r.input_ids]
+    rows = task.rows(task.read(source, "data.preserve"), "tokenise preserve")
+    return [row for row in rows if row.input_ids or row.answer is not None]
 
 
-def build_penalties(
-    config: RunConfig, run: RunDirectory, tokenizer: PreTrainedTokenizerBase, rows: ScheduledRows
-) -> list[Penalty]:
+def build_penalties(task: Task, run: RunDirectory, rows: ScheduledRows) -> list[Penalty]:
     """The anchor, if configured, and the listed penalties, with what they prepared."""
     penalties = []
-    for number, entry in enumerate(penalty_entries(config)):
-        setup = penalty_setup(config, run, entry, tokenizer, rows)
+    for number, entry in enumerate(penalty_entries(task.config)):
+        setup = penalty_setup(task, run, entry, rows)
         if entry_needs(entry).preparation:
             setup = replace(setup, prepared=read_prepared(run, number, entry))
         penalties.append(build_penalty(entry, setup))
     return penalties
 
 
-def penalty_setup(
-    config: RunConfig,
-    run: RunDirectory,
-    entry: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    training: ScheduledRows,
-) -> PenaltySetup:
+def penalty_setup(task: Task, run: RunDirectory, entry: dict[str, Any], training: ScheduledRows) -> PenaltySetup:
     """What the penalty of ``entry`` gets to see, but for what it prepared.
 
     Raises:
@@ -197,12 +191,12 @@ def penalty_setup(
     """
     needs, rows = entry_needs(entry), []
     if needs.answers:
-        rows = answered_rows(config, run, tokenizer)
+        rows = answered_rows(task.config, run, task.tokenizer)
     elif needs.preserve:
-        rows = preserve_rows(config, tokenizer)
+        rows = preserve_rows(task)
     if not rows and (needs.preserve or needs.answers):
         raise UserError(f"data.preserve: missing or empty; {entry['name']} needs preserve prompts")
-    return PenaltySetup(rows, tokenizer.pad_token_id, config.train.seed, training.steps, training)
+    return PenaltySetup(rows, task.pad_id, task.config.train.seed, training.steps, training)
 
 
 def read_prepared(run: RunDirectory, number: int, entry: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -227,8 +221,9 @@ def build_model(
         return method.attach(load_trained(base, device), {})
     if method.trains_base:
         model = load_trained(config.model, device)
-        targets = target_modules(model, config.model.target_modules)
+        targets = adapted_modules(model, config.model)
         model = method.attach(model, dict.fromkeys(targets, 0))
+        train_in_full(model, config.model.trained_modules)
         if needs_original:
             keep_initial(model)
         if resume is not None:
@@ -248,6 +243,11 @@ def build_model(
         # What the frozen base lacks of the original model: the adapter at step 0, or what a method took out for good.
         start = {n: method.update(own, None) for n, own in initial.items()} if method.starts_at_base else subtracted
         add_initial(model, {n: u for n, u in start.items() if isinstance(u, LowRank)}, method.scaling())
+    for module in train_in_full(model, config.model.trained_modules):  # last: PEFT freezes what is not an adapter
+        if needs_original:
+            keep_initial(module)
+    if resume is not None:
+        load_tensors(model, trained_modules(resume).items())
     layers = initial if resume is None else trained_layers(resume, initial)
     load_tensors(model, ((f"{layer}.{name}", tensor) for layer, own in layers.items() for name, tensor in own.items()))
     if config.model.quantization == "nf4":
@@ -266,15 +266,16 @@ def trained_layers(
     }
 
 
+def trained_modules(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """What a checkpoint of an adapter method holds besides the adapter: parameters of modules trained in full."""
+    return {name: tensor for name, tensor in read_tensors(checkpoint / "trained") if ".lora_" not in name}
+
+
 def add_callbacks(
-    trainer: HarnessTrainer,
-    config: RunConfig,
-    run: RunDirectory,
-    method: Method,
-    tokenizer: PreTrainedTokenizerBase,
-    epochs_per_step: float,
+    trainer: HarnessTrainer, task: Task, run: RunDirectory, method: Method, epochs_per_step: float
 ) -> None:
     """Projection after each step, diagnostics, preserve loss, ``metrics.jsonl``, and one progress bar."""
+    config = task.config
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Projection(method))
     if rank() == 0:  # first of those that log: it opens the file that the others' lines go to
@@ -285,6 +286,6 @@ def add_callbacks(
     if rank() == 0:
         trainer.add_callback(SingleBar())
     if config.train.preserve_loss_steps is not None:
-        preserve = preserve_rows(config, tokenizer)
+        preserve = preserve_rows(task)
         chosen = sample(preserve, config.train.preserve_loss_samples, "preserve loss", config.train.seed)
-        trainer.add_callback(PreserveLoss(trainer, chosen, tokenizer.pad_token_id, config.train.preserve_loss_steps))
+        trainer.add_callback(PreserveLoss(trainer, chosen, task, config.train.preserve_loss_steps))

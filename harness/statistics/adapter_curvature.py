@@ -26,10 +26,11 @@ import torch
 from torch import nn
 
 from harness.adapters.lora import TRAINED, lora_layers, saved_name
-from harness.data.collation import Batch
-from harness.data.tokenisation import IGNORED
+from harness.data.collation import LABELS, Batch, size_of
 from harness.errors import UserError
+from harness.models.calling import arguments
 from harness.models.freezing import gradients_of_activations
+from harness.tasks.objectives import NEXT_TOKEN, Objective
 
 FACTORS = ("A00", "G11", "A11", "G22", "A01", "G12")
 
@@ -66,7 +67,9 @@ def linear_pairs(model: nn.Module) -> dict[str, LinearPair] | None:
     return None if others or not pairs else pairs
 
 
-def diagonal_fisher(model: nn.Module, batches: Iterable[Batch]) -> dict[str, torch.Tensor]:
+def diagonal_fisher(
+    model: nn.Module, batches: Iterable[Batch], objective: Objective = NEXT_TOKEN
+) -> dict[str, torch.Tensor]:
     """The mean over sequences of the squared gradient of every trained weight, over all ranks' ``batches``.
 
     Where all that is trained are A and B of linear layers, one backward pass serves a batch; other forms take one per
@@ -84,7 +87,11 @@ def diagonal_fisher(model: nn.Module, batches: Iterable[Batch]) -> dict[str, tor
             token, or no row has a labelled token.
     """
     pairs = linear_pairs(model)
-    sums, sequences = _diagonal_by_rows(model, batches) if pairs is None else _diagonal_of_pairs(model, pairs, batches)
+    sums, sequences = (
+        _diagonal_by_rows(model, batches, objective)
+        if pairs is None
+        else _diagonal_of_pairs(model, pairs, batches, objective)
+    )
     counts = _reduced([*sums.values(), sequences])
     return {name: total / counts for name, total in sums.items()}
 
@@ -95,6 +102,7 @@ def kronecker_factors(
     groups: Mapping[str, str],
     batches: Iterable[Batch],
     cross: bool,
+    objective: Objective = NEXT_TOKEN,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """The K-FAC factors of every layer's A and B, over all ranks' ``batches``.
 
@@ -149,7 +157,7 @@ def kronecker_factors(
 
     # The group's first layer need not be one whose A has a gradient; whoever it is, its input is the group's.
     for number, batch in enumerate(batches):
-        counts[0] += _one_pass(model, pairs, batch, number, add)
+        counts[0] += _one_pass(model, pairs, batch, number, add, objective)
         counts[1] += batch["attention_mask"].sum()
     sequences = _reduced([*(m for named in sums.values() for m in named.values()), counts], at=0)
     tokens = counts[1]
@@ -160,7 +168,7 @@ def kronecker_factors(
 
 
 def _diagonal_of_pairs(
-    model: nn.Module, pairs: Mapping[str, LinearPair], batches: Iterable[Batch]
+    model: nn.Module, pairs: Mapping[str, LinearPair], batches: Iterable[Batch], objective: Objective
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     names = {id(weight): name for name, weight in trained_weights(model).items()}
     sums = {}
@@ -180,20 +188,22 @@ def _diagonal_of_pairs(
 
     sequences = torch.zeros(1, dtype=torch.float64, device=next(model.parameters()).device)
     for number, batch in enumerate(batches):
-        sequences += _one_pass(model, pairs, batch, number, add)
+        sequences += _one_pass(model, pairs, batch, number, add, objective)
     return sums, sequences
 
 
-def _diagonal_by_rows(model: nn.Module, batches: Iterable[Batch]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def _diagonal_by_rows(
+    model: nn.Module, batches: Iterable[Batch], objective: Objective
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     weights = trained_weights(model)
     sums = {name: torch.zeros(w.shape, dtype=_sum_dtype(w), device=w.device) for name, w in weights.items()}
     sequences = torch.zeros(1, dtype=torch.float64, device=next(model.parameters()).device)
     for number, batch in enumerate(batches):
-        for row in range(len(batch["input_ids"])):
+        for row in range(size_of(batch)):
             one = {key: value[row : row + 1] for key, value in batch.items()}
-            if not _has_loss(one).any():
+            if not objective.counted(one[LABELS]).any():
                 continue
-            loss = _negative_log_likelihood(model, one)
+            loss = _negative_log_likelihood(model, one, objective)
             gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             for name, gradient in zip(weights, gradients, strict=True):
                 if gradient is not None:
@@ -219,6 +229,7 @@ def _one_pass(
     batch: Batch,
     number: int,
     add: Callable[[str, _Tokens, int], None],
+    objective: Objective,
 ) -> int:
     """One forward and backward pass; ``add`` gets every layer's tokens. Returns the number of sequences."""
     device = next(model.parameters()).device
@@ -255,38 +266,28 @@ def _one_pass(
     ]
     try:
         with gradients_of_activations(model):
-            loss = _negative_log_likelihood(model, batch)
+            loss = _negative_log_likelihood(model, batch, objective)
             _check(loss, "the loss", number)
             loss.backward()
     finally:
         for handle in handles:
             handle.remove()
-    return int(_has_loss(batch).any(1).sum())
+    return int(objective.counted(batch[LABELS]).any(1).sum())
 
 
 @torch.enable_grad()
-def _negative_log_likelihood(model: nn.Module, batch: Batch) -> torch.Tensor:
+def _negative_log_likelihood(model: nn.Module, batch: Batch, objective: Objective) -> torch.Tensor:
     """−log p(y|x), summed over the rows, dropout off."""
     device = next(model.parameters()).device
-    has_loss = _has_loss(batch).to(device)
     training = model.training
     model.eval()
     try:
-        logits_BLV = model(
-            input_ids=batch["input_ids"].to(device),
-            attention_mask=batch["attention_mask"].to(device),
-            use_cache=False,
-        ).logits
+        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        logits = objective.logits(model(**arguments(model, inputs)), inputs)
     finally:
         model.train(training)
-    logits_TV = logits_BLV[:, :-1][has_loss]
-    targets = batch["labels"][:, 1:].to(device)[has_loss]
-    return nn.functional.cross_entropy(logits_TV.to(_sum_dtype(logits_TV)), targets, reduction="sum")
-
-
-def _has_loss(batch: Batch) -> torch.Tensor:
-    """Which tokens but the first carry a label, (rows, length − 1)."""
-    return batch["labels"][:, 1:] != IGNORED
+    counted = objective.counted(inputs[LABELS])
+    return objective.between(objective.compared(logits, counted), objective.targets(inputs[LABELS], counted))
 
 
 def _sum_dtype(values: torch.Tensor) -> torch.dtype:

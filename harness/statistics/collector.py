@@ -3,16 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
-from harness.data.collation import Batch
-from harness.data.tokenisation import IGNORED
+from harness.data.collation import LABELS, Batch, model_inputs
 from harness.errors import UserError
 from harness.statistics.products import add_gram, add_product
 from harness.statistics.statistic import Kind
+from harness.tasks.objectives import NEXT_TOKEN, Objective
 
 Sums = dict[str, dict[str, torch.Tensor]]  # kind → layer (of inputs: first of its group) → sum
 Quantity = Kind | Literal["mean_absolute_input"]
@@ -27,24 +27,24 @@ _PLACES: dict[Quantity, str] = {
 
 
 class Tokens:
-    """A padded batch on ``device``: which of its places are real tokens, and which of them carry a loss.
+    """A padded batch on ``device``: which of its places are real tokens, and what of it carries a loss.
 
-    ``number``: the batch's, in messages. ``real``, ``with_loss``: how many; ``places``: with padding.
+    ``number``: the batch's, in messages. ``real``: how many tokens; ``places``: with padding. ``counted``: which items
+    of ``objective`` have a label; ``with_loss``: how many.
     """
 
-    def __init__(self, number: int, batch: Batch, device: torch.device) -> None:
+    def __init__(self, number: int, batch: Batch, device: torch.device, objective: Objective = NEXT_TOKEN) -> None:
         mask_BL = batch["attention_mask"].bool()
-        self.number, self.batch, self.device = number, batch, device
+        self.number, self.batch, self.device, self.objective = number, batch, device, objective
         self.places, self.real = mask_BL.numel(), int(mask_BL.sum())
-        self.has_loss_BL = batch["labels"][:, 1:] != IGNORED if "labels" in batch else torch.zeros(0, dtype=torch.bool)
-        self.with_loss = int(self.has_loss_BL.sum())
+        self.counted = objective.counted(batch[LABELS]) if LABELS in batch else torch.zeros(0, dtype=torch.bool)
+        self.with_loss = int(self.counted.sum())
         # Found here, on the CPU: on an accelerator every selection by a mask would wait for it.
         self._kept = None if self.real == self.places else mask_BL.flatten().nonzero().flatten().to(device)
 
-    def inputs(self) -> dict[str, Any]:
-        """Keyword arguments of the model's forward."""
-        mask = self.batch["attention_mask"].to(self.device).long()
-        return {"input_ids": self.batch["input_ids"].to(self.device), "attention_mask": mask, "use_cache": False}
+    def inputs(self) -> Batch:
+        """What the model reads, on the device."""
+        return {name: tensor.to(self.device) for name, tensor in model_inputs(self.batch).items()}
 
     def of(self, values: torch.Tensor) -> torch.Tensor:
         """The rows of real tokens, (tokens, features)."""

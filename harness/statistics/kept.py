@@ -89,7 +89,11 @@ class KeptStatistics:
         if kind == "input_covariance":
             return content
         seed = self._labels.seed if self._labels.fisher == "mc" else None
-        return content | {"labels": _digest([row.labels for row in rows]), "fisher": self._labels.fisher, "seed": seed}
+        content |= {"labels": _digest([row.labels for row in rows]), "fisher": self._labels.fisher, "seed": seed}
+        if rows[0].answer is None:
+            return content
+        objective = type(self._labels.objective).__name__
+        return content | {"answers": _digest([row.answer for row in rows]), "objective": objective}
 
 
 def model_checksum(path: str) -> str:

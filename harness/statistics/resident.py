@@ -7,9 +7,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from harness.data.collation import Batch
+from harness.models.calling import arguments
 from harness.models.freezing import gradients_of_activations
 from harness.statistics.collector import OF_INPUTS, Collector, Quantity, Tokens
-from harness.statistics.loss import Labels, response_loss
+from harness.statistics.loss import Labels, labelled_loss
 from harness.statistics.reduction import Reduction, token_counts
 
 
@@ -70,18 +71,19 @@ def _forward_passes(model: nn.Module, collector: Collector, batches: Iterable[Ba
     for number, batch in enumerate(batches):
         tokens = Tokens(number, batch, collector.device)
         collector.begin(tokens)
-        body(**tokens.inputs())
+        body(**arguments(model, tokens.inputs()))
         collector.check()
 
 
 def _backward_passes(model: nn.Module, collector: Collector, batches: Iterable[Batch], labels: Labels) -> None:
     with gradients_of_activations(model), torch.enable_grad():
         for number, batch in enumerate(batches):
-            tokens = Tokens(number, batch, collector.device)
+            tokens = Tokens(number, batch, collector.device, labels.objective)
             collector.begin(tokens)
-            logits = model(**tokens.inputs()).logits
+            inputs = tokens.inputs()
+            logits = labels.objective.logits(model(**arguments(model, inputs)), inputs)
             collector.check()
-            response_loss(logits, tokens, labels).backward()
+            labelled_loss(logits, tokens, labels).backward()
             del logits
             collector.check()
 

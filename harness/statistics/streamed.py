@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from harness.data.collation import Batch
 from harness.measurement import available_memory
 from harness.memory import trim
+from harness.models.calling import arguments
 from harness.models.freezing import gradients_of_activations
 from harness.models.sharing import input_groups
 from harness.models.streaming import (
@@ -40,7 +41,7 @@ from harness.models.streaming import (
 )
 from harness.models.weights import BaseWeights
 from harness.statistics.collector import OF_INPUTS, Collector, Quantity, Tokens
-from harness.statistics.loss import Labels, response_loss
+from harness.statistics.loss import Labels, labelled_loss
 from harness.statistics.reduction import Reduction
 from harness.statistics.resident import means
 
@@ -95,7 +96,7 @@ def collect_streamed(
     model.eval()
     fill_around(model, blocks, weights, device, head=bool(of_gradients))
     runs = [
-        _Run(number, Tokens(place, batch, device))
+        _Run(number, Tokens(place, batch, device, labels.objective))
         for number, batches in enumerate(rounds)
         for place, batch in enumerate(batches)
     ]
@@ -245,13 +246,15 @@ class _Sweep:
 
         def with_loss() -> None:
             with torch.enable_grad():
-                response_loss(self.model(**tokens.inputs()).logits, tokens, labels).backward()
+                inputs = tokens.inputs()
+                logits = labels.objective.logits(self.model(**arguments(self.model, inputs)), inputs)
+                labelled_loss(logits, tokens, labels).backward()
 
         return with_loss
 
     @torch.no_grad()
     def _forward(self, tokens: Tokens) -> None:
-        self.model(**tokens.inputs())
+        self.model(**arguments(self.model, tokens.inputs()))
 
     def _loaded(self, order: range) -> Iterator[int]:
         return loaded_in_turn(self.blocks, order, self.weights, self.device)

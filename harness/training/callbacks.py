@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from harness.data.tokenisation import Row
 from harness.files import write_text
 from harness.methods.base import Method
+from harness.tasks.base import Task
 from harness.training.preserve import token_means
 from harness.training.trainer import HarnessTrainer
 
@@ -37,8 +38,8 @@ class PreserveLoss(TrainerCallback):
     Forgetting, seen as it happens (FCLoRA, Fig. 3b and c). Perplexity is exp of the loss.
     """
 
-    def __init__(self, trainer: HarnessTrainer, rows: Sequence[Row], pad_id: int, interval: int) -> None:
-        self._trainer, self._rows, self._pad_id, self._interval = trainer, rows, pad_id, interval
+    def __init__(self, trainer: HarnessTrainer, rows: Sequence[Row], task: Task, interval: int) -> None:
+        self._trainer, self._rows, self._task, self._interval = trainer, rows, task, interval
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -53,7 +54,8 @@ class PreserveLoss(TrainerCallback):
             control.should_log = due  # logging clears it, and the step's own line is still to come
 
     def _measure(self) -> None:
-        found = token_means(self._trainer.model_wrapped, self._rows, self._pad_id, PRESERVE_BATCH)
+        task = self._task
+        found = token_means(self._trainer.model_wrapped, self._rows, task.pad_id, PRESERVE_BATCH, task.objective)
         perplexity = math.exp(min(found.loss, 709.0))  # above it exp overflows
         self._trainer.log(
             {"preserve_loss": found.loss, "preserve_perplexity": perplexity, "preserve_accuracy": found.accuracy}

@@ -14,6 +14,7 @@ from harness.console import progress
 from harness.data.collation import collate
 from harness.data.tokenisation import Row
 from harness.errors import UserError
+from harness.models.calling import arguments, innermost
 from harness.training.distributed import share, world_size
 from harness.training.divergence import TopK, top_k
 
@@ -78,17 +79,13 @@ def compute_cache(
     device = next(model.parameters()).device
     by_length = sorted(numbers, key=lambda number: (len(rows[number].input_ids), number))
     batches = [by_length[start : start + BATCH_ROWS] for start in range(0, len(by_length), BATCH_ROWS)]
-    one = torch.tensor([rows[numbers[0]].input_ids[:1]], device=device)
-    vocabulary = model(input_ids=one, use_cache=False).logits.shape[-1]
+    vocabulary = innermost(model).get_output_embeddings().weight.shape[0]
     k = min(k, vocabulary)
     kept = TopK(torch.zeros(sum(counts), k, dtype=torch.int32), torch.zeros(sum(counts), k), torch.zeros(sum(counts)))
     for batch in progress(share(batches), "original model"):
         inputs = collate([rows[number] for number in batch], pad_id)
-        logits = model(
-            input_ids=inputs["input_ids"].to(device),
-            attention_mask=inputs["attention_mask"].to(device),
-            use_cache=False,
-        ).logits
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        logits = model(**arguments(model, inputs)).logits
         places = [line * logits.shape[1] + p for line, number in enumerate(batch) for p in positions[number]]
         found = top_k(logits.view(-1, vocabulary), torch.tensor(places, device=device), k, temperature)
         where = torch.cat([torch.arange(len(positions[number])) + place[number] for number in batch])

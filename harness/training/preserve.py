@@ -6,23 +6,26 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from harness.data.collation import collate
-from harness.data.tokenisation import IGNORED, Row
+from harness.data.collation import LABELS, collate
+from harness.data.tokenisation import Row
+from harness.models.calling import arguments
+from harness.tasks.objectives import NEXT_TOKEN, Objective
 from harness.training.distributed import rank, world_size
-from harness.training.trainer import response_loss
 
 
 class TokenMeans(NamedTuple):
-    """Means over labelled tokens: next-token ``loss`` (nats), and ``accuracy``, the share whose argmax is right."""
+    """Means over labelled tokens (or other items): ``loss`` (nats), and ``accuracy``, the share that is right."""
 
     loss: float
     accuracy: float
 
 
-def token_means(model: nn.Module, rows: Sequence[Row], pad_id: int, batch_size: int) -> TokenMeans:
-    """Mean next-token loss and accuracy over the labelled tokens of ``rows``, over all ranks, dropout off. Collective.
+def token_means(
+    model: nn.Module, rows: Sequence[Row], pad_id: int, batch_size: int, objective: Objective = NEXT_TOKEN
+) -> TokenMeans:
+    """Mean loss and accuracy over the labelled items of ``rows``, over all ranks, dropout off. Collective.
 
-    Both come from the same forward passes. A tie for the largest logit counts as its first token.
+    Both come from the same forward passes.
     """
     device = next(model.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -33,13 +36,13 @@ def token_means(model: nn.Module, rows: Sequence[Row], pad_id: int, batch_size: 
         for start in range(0, len(rows), batch_size * world_size()):
             mine = rows[start : start + batch_size * world_size()][rank() :: world_size()]
             batch = {k: v.to(device) for k, v in collate(mine or rows[:1], pad_id).items()}
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+            logits = objective.logits(model(**arguments(model, batch)), batch)
             if mine:
-                following = batch["labels"][:, 1:]
-                sums[0] += response_loss(logits, batch["labels"]).double()
-                # No label of `IGNORED` equals a token.
-                sums[1] += (logits[:, :-1].argmax(-1) == following).sum()
-                sums[2] += (following != IGNORED).sum()
+                counted = objective.counted(batch[LABELS])
+                sums[0] += objective.loss(logits, batch[LABELS]).double()
+                found, targets = objective.compared(logits, counted), objective.targets(batch[LABELS], counted)
+                sums[1] += objective.right(found, targets)
+                sums[2] += counted.sum()
     model.train(training)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)

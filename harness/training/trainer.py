@@ -14,13 +14,14 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from harness.data.collation import Batch, collate, stack
+from harness.data.collation import LABELS, Batch, collate, size_of, stack
 from harness.data.sampling import seed_for
-from harness.data.tokenisation import IGNORED
 from harness.errors import UserError
 from harness.export.shards import read_file
 from harness.files import publish_directory, write_tensors
 from harness.methods.base import Method
+from harness.models.calling import arguments
+from harness.tasks.base import Task
 from harness.training import checkpoint as checkpoints
 from harness.training.distributed import barrier, rank, world_size
 from harness.training.penalties.base import MicroStep, Penalty
@@ -35,16 +36,18 @@ class HarnessTrainer(Trainer):
         args: TrainingArguments,
         rows: Any,
         *,
-        pad_id: int,
+        task: Task,
         method: Method,
         penalties: Sequence[Penalty],
         checkpoint_folder: Path,
     ) -> None:
-        super().__init__(model=model, args=args, train_dataset=rows, data_collator=lambda items: collate(items, pad_id))
+        super().__init__(
+            model=model, args=args, train_dataset=rows, data_collator=lambda items: collate(items, task.pad_id)
+        )
         # compute_loss normalises over the whole step by itself.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
-        self._pad_id = pad_id
+        self._pad_id, self._objective = task.pad_id, task.objective
         self._method = method
         self._penalties = penalties
         self._checkpoint_folder = checkpoint_folder
@@ -81,18 +84,19 @@ class HarnessTrainer(Trainer):
         )
         active = [penalty for penalty in self._penalties if penalty.weight_at(at.step) > 0]
         riding = [penalty.rows(at) for penalty in active]
-        batch, counts = inputs, [inputs["input_ids"].shape[0]]
+        batch, counts = inputs, [size_of(inputs)]
         for rows in riding:
             if rows is not None:
-                batch = stack(batch, {k: v.to(inputs["input_ids"].device) for k, v in rows.items()}, self._pad_id)
-            counts.append(0 if rows is None else rows["input_ids"].shape[0])
+                batch = stack(batch, {k: v.to(inputs[LABELS].device) for k, v in rows.items()}, self._pad_id)
+            counts.append(0 if rows is None else size_of(rows))
         # Whatever else the penalties run comes first: nothing stands between the differentiated pass and its
         # backward pass, whose order of gathering ZeRO-3 mirrors.
         prepared = [penalty.before(model, at, rows, inputs) for penalty, rows in zip(active, riding, strict=True)]
-        logits_BLV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        outputs = model(**arguments(model, batch))
+        logits = self._objective.logits(outputs, batch)
         # Cut once: each slice on its own would have a backward pass over a whole tensor of zeros.
-        own_logits, *riding_logits = logits_BLV.split(counts)
-        task = response_loss(own_logits, batch["labels"][: counts[0]]) / num_items_in_batch
+        own_logits, *riding_logits = logits.split(counts)
+        task = self._objective.loss(own_logits, batch[LABELS][: counts[0]]) / num_items_in_batch
         total = task * ranks
         self._add_term("loss", task * ranks)
         for penalty, rows, logits, first in zip(active, riding, riding_logits, prepared, strict=True):
@@ -194,18 +198,6 @@ class HarnessTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to load: `training_step` seeds every pass."""
-
-
-def response_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the next-token cross-entropy over labelled tokens.
-
-    Args:
-        logits: (rows, length, vocabulary); position t predicts token t + 1.
-        labels: (rows, length), `IGNORED` where there is no loss.
-    """
-    return nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
-    )
 
 
 def _finite(value: Any) -> bool:

@@ -20,6 +20,7 @@ from harness.data.tokenisation import Row, tokenise
 from harness.errors import UserError
 from harness.models.loading import load_model, load_tokenizer
 from harness.models.targets import target_modules
+from harness.tasks.registry import load_task
 from harness.training.preserve import token_means
 from tests.analysis.direct import (
     direct_asvd_factor,
@@ -171,7 +172,7 @@ def calibration_texts(config: RunConfig, number: int) -> list[list[int]]:
     """Token ids of one sampling round."""
     texts = configured(config, "preserve", SAMPLES)
     pool, _ = held_out(texts, texts, 20, config.train.seed)
-    rows = texts.rows(config, load_tokenizer(config.model.path), number, pool)
+    rows = texts.rows(load_task(config), number, pool)
     return [row.input_ids for row in rows]
 
 

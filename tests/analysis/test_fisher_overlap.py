@@ -16,8 +16,9 @@ from harness.analysis.fisher_overlap import Overlaps, _squared_products, fisher_
 from harness.analysis.inputs import configured
 from harness.config import ModelConfig, RunConfig, resolve
 from harness.data.tokenisation import IGNORED
-from harness.models.loading import load_model, load_tokenizer
+from harness.models.loading import load_model
 from harness.models.targets import target_modules
+from harness.tasks.registry import load_task
 from tests.analysis.test_cli import analyse
 
 GROUPS, SAMPLES = 5, 11  # 5 does not divide 64; 11 rows are a batch of 8 and one of 3
@@ -63,8 +64,7 @@ def reference(config: RunConfig, at: str) -> list[dict[str, list[torch.Tensor]]]
     """Group → layer → the diagonal Fisher matrices of preserve and train."""
     base = load_model(ModelConfig(path=config.model.path, dtype="float32")).double()
     names = list(target_modules(base, "all-linear"))
-    tokenizer = load_tokenizer(config.model.path)
-    rows = [configured(config, which, SAMPLES).rows(config, tokenizer) for which in ("preserve", "train")]
+    rows = [configured(config, which, SAMPLES).rows(load_task(config)) for which in ("preserve", "train")]
     svds = {n: torch.linalg.svd(base.get_submodule(n).weight.detach(), full_matrices=False) for n in names}
     found = []
     for g in range(GROUPS):

@@ -8,9 +8,9 @@ from harness.data.tokenisation import Row
 from harness.files import read_json
 from harness.methods.base import Method
 from harness.methods.registry import method_class
-from harness.models.loading import load_tokenizer
 from harness.run_directory import RunDirectory
 from harness.stages.train import preserve_rows
+from harness.tasks.registry import load_task
 from harness.training.checkpoint import trained_parameters
 from harness.training.penalties.anchor import Anchor, original_logits, token_divergence
 from harness.training.penalties.base import MicroStep, PenaltySetup
@@ -33,10 +33,9 @@ def test_anchor_is_zero(started: Started) -> None:
     """Through the penalty itself: original_logits first, then the divergence of the live logits on the same rows."""
     config, run = started
     model = live_model(config, run).train()
-    tokenizer = load_tokenizer(config.model.path)
-    with_anchor = config.model_copy(update={"anchor": AnchorConfig()})
-    rows: list[Row] = preserve_rows(with_anchor, tokenizer)
-    anchor = Anchor(AnchorConfig(kl=1.0, prompts_per_step=4), PenaltySetup(rows, tokenizer.pad_token_id, 0))
+    task = load_task(config.model_copy(update={"anchor": AnchorConfig()}))
+    rows: list[Row] = preserve_rows(task)
+    anchor = Anchor(AnchorConfig(kl=1.0, prompts_per_step=4), PenaltySetup(rows, task.pad_id, 0))
     at = MicroStep(step=0, part=0, parts=1)
     batch = anchor.rows(at)
     assert batch is not None

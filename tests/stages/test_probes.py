@@ -18,11 +18,12 @@ from harness.data.tokenisation import IGNORED
 from harness.errors import UserError
 from harness.files import read_json
 from harness.methods.base import ProbeRequest
-from harness.models.loading import load_model, load_tokenizer
+from harness.models.loading import load_model
 from harness.pipeline import stage_inputs
 from harness.preflight import check
 from harness.run_directory import RunDirectory
 from harness.stages.probes import Losses, probe_rows
+from harness.tasks.registry import load_task
 from tests.stages.probing import METHOD, eight_blocks, initialised, run_content
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -95,7 +96,7 @@ def test_what_is_chosen_is_what_is_trained(probed: tuple[RunConfig, RunDirectory
 def test_rows(probed: tuple[RunConfig, RunDirectory]) -> None:
     """Held out means held out; and the base's losses are the plain ones on these rows."""
     config, run = probed
-    rows = probe_rows(config, PROBE, load_tokenizer(config.model.path))
+    rows = probe_rows(load_task(config), PROBE)
     training = {tuple(row.input_ids) for row in rows.training}
     assert len(training) == 12
     assert not training & {tuple(row.input_ids) for row in rows.target}
@@ -111,8 +112,8 @@ def test_rows(probed: tuple[RunConfig, RunDirectory]) -> None:
                     total, tokens = total - float(log_p[place - 1, label]), tokens + 1
         assert base[key] == pytest.approx(total / tokens, rel=1e-5)
     other = config.model_copy(update={"train": config.train.model_copy(update={"seed": 1})})
-    assert probe_rows(other, PROBE, load_tokenizer(config.model.path)) != rows
-    small = probe_rows(config, ProbeRequest("shallow_layers", 4, 1000), load_tokenizer(config.model.path))
+    assert probe_rows(load_task(other), PROBE) != rows
+    small = probe_rows(load_task(config), ProbeRequest("shallow_layers", 4, 1000))
     assert (len(small.training), len(small.target), len(small.preserve)) == (100, 100, 50)  # all there are, halved
 
 

@@ -239,7 +239,7 @@ def test_every_form_equals_the_direct_one(adapted: nn.Module, random_base: Path,
     setup = PenaltySetup(MIXED, PAD, 0, steps, training)
     made_of = AnchorConfig(**{"prompts_per_step": 4, "top_k": 10**6, **options})
     if made_of.reference == "cached":
-        prepared = Anchor(made_of, setup).prepare(Preparation(untrained.eval(), LORA, None, None))
+        prepared = Anchor(made_of, setup).prepare(Preparation(untrained.eval(), LORA, None))
         setup = replace(setup, prepared=prepared)
     items = [training[item] for item in range(step * batch, (step + 1) * batch)]
     seen = Anchor(made_of, setup).step_prompts(step)
@@ -284,7 +284,7 @@ def test_cached_is_a_lower_bound_of_live(adapted: nn.Module) -> None:
     for k in (1, 8, 64, 10**6):
         options = AnchorConfig(reference="cached", top_k=k)
         setup = PenaltySetup(MIXED, PAD, 0, 8)
-        setup = replace(setup, prepared=Anchor(options, setup).prepare(Preparation(untrained, LORA, None, None)))
+        setup = replace(setup, prepared=Anchor(options, setup).prepare(Preparation(untrained, LORA, None)))
         values.append(float(step_term(Anchor(options, setup), double(adapted), 2, 1, [MIXED[:1]]).detach()))
     live = float(step_term(Anchor(AnchorConfig(), setup), double(adapted), 2, 1, [MIXED[:1]]).detach())
     assert values == sorted(values)
@@ -295,7 +295,7 @@ def test_cached_is_a_lower_bound_of_live(adapted: nn.Module) -> None:
 def test_kept_for_other_rows(adapted: nn.Module) -> None:
     options = AnchorConfig(reference="cached")
     first = PenaltySetup(MIXED, PAD, 0, 8)
-    prepared = Anchor(options, first).prepare(Preparation(adapted.eval(), LORA, None, None))
+    prepared = Anchor(options, first).prepare(Preparation(adapted.eval(), LORA, None))
     for other in (replace(first, preserve=MIXED[::-1]), replace(first, preserve=[*MIXED, *MIXED], seed=1)):
         made = Anchor(options, replace(other, prepared=prepared))
         with pytest.raises(UserError, match="--force prepare"):

@@ -10,9 +10,9 @@ from harness.config import ModelConfig
 from harness.data.collation import collate
 from harness.data.tokenisation import IGNORED, Row
 from harness.models.loading import load_model
+from harness.tasks.objectives import NEXT_TOKEN
 from harness.training.penalties.anchor import token_divergence
 from harness.training.preserve import token_means
-from harness.training.trainer import response_loss
 
 ROWS = [
     Row([3, 4, 5, 6, 7], [IGNORED, IGNORED, 5, 6, 7]),
@@ -41,12 +41,12 @@ def test_response_loss() -> None:
     for number, row in enumerate(ROWS):
         real = logits[number][batch["attention_mask"][number].bool()]
         expected += naive_loss(real, row)[0]
-    assert float(response_loss(logits, batch["labels"])) == pytest.approx(expected, rel=1e-5)
+    assert float(NEXT_TOKEN.loss(logits, batch["labels"])) == pytest.approx(expected, rel=1e-5)
 
 
 def test_response_loss_without_labels_is_zero() -> None:
     logits = torch.randn(1, 3, 40, requires_grad=True)
-    loss = response_loss(logits, torch.full((1, 3), IGNORED))
+    loss = NEXT_TOKEN.loss(logits, torch.full((1, 3), IGNORED))
     loss.backward()
     assert loss.item() == 0.0
     assert torch.equal(logits.grad, torch.zeros_like(logits))
@@ -55,9 +55,9 @@ def test_response_loss_without_labels_is_zero() -> None:
 def test_response_loss_of_half_precision_is_summed_in_fp32() -> None:
     logits = torch.randn(4, 200, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
     labels = torch.randint(0, 40, (4, 200), generator=torch.Generator().manual_seed(1))
-    loss = response_loss(logits, labels)
+    loss = NEXT_TOKEN.loss(logits, labels)
     assert loss.dtype == torch.float32
-    assert float(loss) == pytest.approx(float(response_loss(logits.double(), labels)), rel=1e-5)
+    assert float(loss) == pytest.approx(float(NEXT_TOKEN.loss(logits.double(), labels)), rel=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 16])

@@ -18,6 +18,7 @@ from harness.models.loading import load_tokenizer
 from harness.run_directory import RunDirectory
 from harness.stages.answers import ANSWERS
 from harness.stages.replay import replay_rows
+from harness.tasks.registry import load_task
 from harness.training.schedule import ScheduledRows, total_steps
 
 Change = Callable[[dict[str, Any]], None]
@@ -109,7 +110,7 @@ def test_epochs_are_of_the_task(ratio: float, rows: int, batch: int, epochs: flo
 
 def rows_of(content: dict[str, Any], random_base: Path) -> list[Row]:
     config = resolve(content)
-    return replay_rows(config, RunDirectory(config.run_directory), load_tokenizer(str(random_base)))
+    return replay_rows(load_task(config), RunDirectory(config.run_directory))
 
 
 def test_preserve_rows(base_config: dict[str, Any], random_base: Path, words: list[str]) -> None:
@@ -135,7 +136,7 @@ def test_a_source_of_its_own(
     assert config.data.replay.source is not None
     assert config.data.replay.source.path == str(tmp_path / "old.jsonl")  # relative to the configuration
     tokenizer = load_tokenizer(str(random_base))
-    found = replay_rows(config, RunDirectory(config.run_directory), tokenizer)
+    found = replay_rows(load_task(config), RunDirectory(config.run_directory))
     assert len(found) == 3
     for number, row in enumerate(found):
         answer = [label for label in row.labels if label != IGNORED]

@@ -29,6 +29,7 @@ from harness.config import AnchorConfig
 from harness.data.collation import Batch, collate
 from harness.data.sampling import sample, seed_for
 from harness.data.tokenisation import IGNORED, Row
+from harness.models.calling import arguments
 from harness.training.divergence import Logits, Reference, summed_divergence, token_divergence
 from harness.training.original_cache import OriginalCache, compute_cache
 from harness.training.penalties.base import MicroStep, Needs, Penalty, PenaltySetup, Preparation
@@ -236,12 +237,8 @@ def original_logits(model: nn.Module, rows: Batch, columns: list[int] | None = N
     model.eval()
     try:
         with _original(peft_model):
-            logits = model(
-                input_ids=rows["input_ids"].to(device),
-                attention_mask=rows["attention_mask"].to(device),
-                use_cache=False,
-                **chosen,
-            ).logits
+            inputs = {name: tensor.to(device) for name, tensor in rows.items()}
+            logits = model(**arguments(model, inputs), **chosen).logits
     finally:
         model.train(training)
     return OriginalOutput(logits, columns if chosen else None)

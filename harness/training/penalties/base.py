@@ -12,10 +12,8 @@ from harness.data.collation import Batch
 from harness.data.tokenisation import Row
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from harness.config import RunConfig
     from harness.methods.base import Method
+    from harness.tasks.base import Task
     from harness.training.schedule import ScheduledRows
 
 
@@ -81,8 +79,7 @@ class Preparation:
 
     model: nn.Module
     method: "Method"
-    config: "RunConfig"
-    tokenizer: "PreTrainedTokenizerBase"
+    task: "Task"
 
 
 class Penalty:

@@ -20,9 +20,9 @@ from harness.adapters.partitioned import gathered
 from harness.config import NonNegativeFloat, SourceConfig, Strict
 from harness.data.collation import Batch, collate
 from harness.data.sampling import sample
-from harness.data.sources import read_examples
-from harness.data.tokenisation import IGNORED, Row, tokenise
+from harness.data.tokenisation import Row
 from harness.errors import UserError
+from harness.models.calling import arguments
 from harness.statistics.precision import CrossForm, DiagonalForm, Evaluated, Form, KroneckerForm
 from harness.training.distributed import rank, share, world_size
 from harness.training.penalties.base import MicroStep, Needs, Penalty, Preparation
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from harness.statistics.adapter_curvature import LinearPair
 
 BATCH_ROWS = 8
-PROBE_TOKENS = 8
 Prepared = Mapping[str, torch.Tensor]
 
 # `lambda` is a word of Python's, so that the field can only be declared like this.
@@ -80,11 +79,11 @@ class LALoRA(Penalty):
         """
         from harness.statistics.adapter_curvature import linear_pairs, trained_weights
 
-        model = preparation.model
+        model, method = preparation.model, preparation.task.config.method["name"]
         weights = trained_weights(model)
         if not any(".lora_" in name for name in weights):
             raise UserError(
-                f"penalties: lalora holds the weights of an adapter, and method {preparation.config.method['name']!r} "
+                f"penalties: lalora holds the weights of an adapter, and method {method!r} "
                 "has none; use an adapter method (lora, corda)"
             )
         sources = [list(self._rows(preparation, number)) for number in range(max(1, len(self.options.sources)))]
@@ -97,7 +96,7 @@ class LALoRA(Penalty):
                 other = next(iter(sorted({name.rsplit(".lora_", 1)[-1] for name in weights})))
                 raise UserError(
                     f"penalties: lalora with curvature: {self.options.curvature} given; it is for adapters whose A and "
-                    f"B are linear layers and all that is trained, and method {preparation.config.method['name']!r} "
+                    f"B are linear layers and all that is trained, and method {method!r} "
                     f"trains lora_{other}; allowed: diag"
                 )
             tensors = self._factors(preparation, pairs, sources)
@@ -111,15 +110,15 @@ class LALoRA(Penalty):
 
     def _rows(self, preparation: Preparation, number: int) -> Iterator[Row]:
         """The rows drawn from one source, sorted by length: less padding and, it being masked, the same numbers."""
-        config = preparation.config
+        task = preparation.task
+        config = task.config
         if self.options.sources:
             source, key = self.options.sources[number], f"penalties.lalora.sources.{number}"
         else:
             assert config.data.preserve is not None  # else the configuration was refused
             source, key = config.data.preserve, "data.preserve"
-        chosen = sample(read_examples(source, key), source.samples, "lalora", config.train.seed, number)
-        rows = tokenise(chosen, preparation.tokenizer, config.data.max_length, f"tokenise {key}")
-        useful = [row for row in rows if any(label != IGNORED for label in row.labels[1:])]
+        chosen = sample(task.read(source, key), source.samples, "lalora", config.train.seed, number)
+        useful = [row for row in task.rows(chosen, f"tokenise {key}") if row.has_loss]
         if not useful:
             raise UserError(f"{key}: no sampled row has a labelled token; check its columns and data.max_length")
         yield from sorted(useful, key=lambda row: len(row.input_ids))
@@ -134,7 +133,8 @@ class LALoRA(Penalty):
 
         total: dict[str, torch.Tensor] = {}
         for rows in sources:
-            for name, block in diagonal_fisher(preparation.model, self._batches(rows)).items():
+            found = diagonal_fisher(preparation.model, self._batches(rows), preparation.task.objective)
+            for name, block in found.items():
                 total[f"D/{name}"] = total[f"D/{name}"] + block if f"D/{name}" in total else block
         return total
 
@@ -146,16 +146,16 @@ class LALoRA(Penalty):
         from harness.statistics.adapter_curvature import kronecker_factors
 
         device = next(preparation.model.parameters()).device
-        row = sources[0][0]
-        probe = collate([Row(row.input_ids[:PROBE_TOKENS], row.labels[:PROBE_TOKENS])], self.setup.pad_id)
-        inputs: dict[str, Any] = {key: probe[key].to(device) for key in ("input_ids", "attention_mask")}
+        task = preparation.task
+        probe = collate([task.probe_row(sources[0][0])], self.setup.pad_id)
+        inputs = {name: tensor.to(device) for name, tensor in probe.items()}
         layers: dict[str, Any] = {name: pair.layer for name, pair in pairs.items()}
-        groups = input_groups(preparation.model, layers, {**inputs, "use_cache": False})
+        groups = input_groups(preparation.model, layers, arguments(preparation.model, inputs))
         order = {name: number for number, name in enumerate(sorted(pairs))}
         tensors = {"groups": torch.tensor([order[groups[name]] for name in order])}
         cross = self.options.curvature == "kfac_tri"
         for number, rows in enumerate(sources):
-            found = kronecker_factors(preparation.model, pairs, groups, self._batches(rows), cross)
+            found = kronecker_factors(preparation.model, pairs, groups, self._batches(rows), cross, task.objective)
             tensors |= {f"{number}/{f}/{name}": matrix for f, named in found.items() for name, matrix in named.items()}
         return tensors
 

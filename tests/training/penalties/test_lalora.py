@@ -19,6 +19,7 @@ from harness.errors import UserError
 from harness.methods.registry import build_method
 from harness.models.loading import load_tokenizer
 from harness.statistics.adapter_curvature import trained_weights
+from harness.tasks.registry import load_task
 from harness.training.penalties.base import MicroStep, Needs, PenaltySetup, Preparation
 from harness.training.penalties.lalora import (
     LALoRA,
@@ -153,14 +154,12 @@ def prepared(content: dict[str, Any], method: dict[str, Any], **options: Any) ->
     """The step-0 model of ``method`` and LALoRA over it, prepared."""
     config, run = step_zero({**content, "penalties": [entry(**options)]}, method, f"{method['name']}")
     model = live_model(config, run, needs_original=False)
-    tokenizer = load_tokenizer(config.model.path)
-    setup = PenaltySetup([], tokenizer.pad_token_id, config.train.seed)
+    task = load_task(config)
+    setup = PenaltySetup([], task.pad_id, config.train.seed)
     penalty = build_penalty(config.penalties[0], setup)
-    tensors = penalty.prepare(Preparation(model, build_method(config.method, config.train.seed), config, tokenizer))
+    tensors = penalty.prepare(Preparation(model, build_method(config.method, config.train.seed), task))
     assert all(value.dtype == torch.float32 for key, value in tensors.items() if key != "groups")
-    again = build_penalty(
-        config.penalties[0], PenaltySetup([], tokenizer.pad_token_id, config.train.seed, prepared=tensors)
-    )
+    again = build_penalty(config.penalties[0], PenaltySetup([], task.pad_id, config.train.seed, prepared=tensors))
     return model, again, config
 
 

@@ -12,11 +12,11 @@ from harness.config import resolve
 from harness.data.collation import collate, stack
 from harness.data.tokenisation import Row
 from harness.errors import UserError
+from harness.tasks.objectives import NEXT_TOKEN
 from harness.training.gradients import scale_gradient
 from harness.training.penalties.base import MicroStep, Needs, PenaltySetup
 from harness.training.penalties.migu import MIGU, MIGUOptions, largest
 from harness.training.penalties.registry import build_penalty
-from harness.training.trainer import response_loss
 from tests.statistics.direct_curvature import adapted, labelled_rows
 
 PAD = 2
@@ -38,7 +38,7 @@ def one_pass(model: nn.Module, penalty: MIGU, rows: list[Row], at: MicroStep, ri
         model(input_ids=torch.tensor([[3, 4, 5]]))
     logits = model(input_ids=whole["input_ids"], attention_mask=whole["attention_mask"]).logits
     assert penalty.penalty(model, at, None, None, None) is None
-    response_loss(logits[: len(rows)], batch["labels"]).backward()
+    NEXT_TOKEN.loss(logits[: len(rows)], batch["labels"]).backward()
 
 
 def naive(model: nn.Module, rows: list[Row], outputs: str) -> dict[str, torch.Tensor]:

@@ -4,10 +4,10 @@ demo: setup ## set everything up and run the main job: base model to forgetting 
 	.venv/bin/harness demo
 
 test: setup ## all tests, slow ones too
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist worksteal
 
 fast: setup ## the tests that take seconds
-	.venv/bin/python -m pytest -m "not slow"
+	.venv/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 lint: setup
 	.venv/bin/ruff check .

@@ -9,7 +9,7 @@ anew.
 Files are read into memory of our own, never mapped: over a network another machine may remove a file that is being
 read, and a mapping of it would then end the process where a read fails with an error.
 
-The folder has other lodgers (``eval/``: scores of base models; ``tiny-…/``: embedded worlds). They are no entries.
+The folder has other lodgers (``eval/``: results of evaluations; ``tiny-…/``: embedded worlds). They are no entries.
 """
 
 import errno

@@ -102,13 +102,19 @@ def test_it_finds_its_files_without_the_clone(installed: Path, empty_folder: Pat
 
 
 def test_every_recipe_resolves(installed: Path, empty_folder: Path) -> None:
+    """Each file that `harness recipes` lists, by the path that it prints; with its first row, where it has rows."""
     program = (
+        "from pathlib import Path\n"
         "from harness.config import load_config\n"
-        "from harness.resources import find\n"
-        "for path in sorted(find('launch/recipes').glob('*.yaml')): print(load_config(path).name)"
+        "from harness.recipes import shipped\n"
+        "for recipe in shipped():\n"
+        "    row = next((':' + row.name for row in recipe.rows()), '')\n"
+        "    print(load_config(Path(recipe.place + row)).name)"
     )
     names = run(empty_folder, installed / "python", "-c", program).split()
-    assert len(names) == len(list((CLONE / "launch/recipes").glob("*.yaml"))) >= 3
+    recipes = [file for file in (CLONE / "launch/recipes").rglob("*.yaml") if "\nrecipe:" in file.read_text()]
+    assert len(names) == len(set(names)) == len(recipes) >= 30
+    assert "fclora/glue_roberta.yaml:mrpc-fclora" in run(empty_folder, installed / "harness", "recipes", "fclora")
 
 
 def test_help_and_doctor(installed: Path, empty_folder: Path) -> None:

@@ -1,5 +1,7 @@
 """A configuration that is trained by two workers and evaluated by one, on nodes that say which they take."""
 
+import fcntl
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,15 @@ from tests.cluster.nodes import cluster_of
 from tests.evaluation.conftest import LocalTasks, local_tasks  # noqa: F401 — a fixture, found by its name
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
+def one_cluster_at_a_time() -> Iterator[None]:
+    """Two test processes must not have clusters on one machine at the same time: Ray's processes find the other's."""
+    with (Path(tempfile.gettempdir()) / "palimpsest-tests-ray.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="module")
 def three_nodes() -> Iterator[Any]:
     """A head and two nodes of one CPU each; the first two train, the third evaluates."""
     with cluster_of([{"training": 1}, {"training": 1}, {"evaluation": 1}]) as cluster:

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.cluster.nodes import Driver, add_node, cluster_of, gone, steps
+from tests.gangs import KILLS
 
-KILLS = int(os.environ.get("PALIMPSEST_TESTS_KILLS", "10"))
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 + 120 * KILLS)]
 Configured = Callable[..., Path]
 TRAINING = {"training": 1.0}

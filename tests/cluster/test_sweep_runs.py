@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from harness.cluster.sweep_process import HEADER
+from tests.gangs import KILLS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 HARNESS = str(Path(sys.executable).parent / "harness")
@@ -80,7 +82,7 @@ def recorded(run: Path, stage: str) -> bool:
 def test_a_killed_sweep_goes_on(
     base_config: dict[str, Any], local_tasks: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """The driver dies twice, once by SIGKILL and once by SIGINT; what was made is kept, what is shared is made once."""
+    """The driver dies by SIGKILL and by SIGINT; what was made is kept, and what is shared is made once."""
     base_config["train"] |= {"max_steps": 12, "save_steps": 6}
     base_config["eval"] = {"backend": "hf", "knowledge": ["words_choice"], "task": ["words_next"], "limit": 4}
     base_config["eval"] |= {"include_path": str(local_tasks.include_path), "data_dir": str(local_tasks.data_dir)}
@@ -94,11 +96,16 @@ def test_a_killed_sweep_goes_on(
     sweep.write_text(yaml.safe_dump(content))
     cells = [out / "cells" / f"{label}-seed{seed}" for label in ("fast", "slow") for seed in (0, 1)]
 
-    killed = start(sweep, environment, "--out", str(out))
-    until(killed, sweep, lambda: any((cell / "checkpoints" / "step-6").exists() for cell in cells))
-    killed.kill()
-    killed.wait()
-    assert no_process_is_left(out)
+    moments = random.Random(0)
+    for number in range(KILLS - 1):  # the first hits training, the others fall anywhere
+        killed = start(sweep, environment, "--out", str(out))
+        if number == 0:
+            until(killed, sweep, lambda: any((cell / "checkpoints" / "step-6").exists() for cell in cells))
+        else:
+            time.sleep(moments.uniform(0, 40))
+        killed.kill()
+        killed.wait()
+        assert no_process_is_left(out)
 
     stopped = start(sweep, environment, "--out", str(out))
     until(stopped, sweep, lambda: any(recorded(cell, "report") for cell in cells))
@@ -127,7 +134,7 @@ def test_a_killed_sweep_goes_on(
     logs = "".join(path.read_text() for path in (out / "logs").iterdir()).splitlines()
     calibrated = [line for line in logs if line.startswith("calibrate: ")]
     collected = [line for line in calibrated if "from the cache" not in line]
-    assert (len(collected), len(calibrated)) == (2, 4), calibrated  # once for each seed, taken by the other
+    assert len(collected) == 2 and len(calibrated) >= 4, calibrated  # once for each seed, taken by the other
     base = [line for line in logs if line.startswith("eval: base:")]
     assert sum("known from an earlier evaluation" not in line for line in base) == 1, base
     assert "whose calibrate and init others wait for" in (out / "sweep.log").read_text()

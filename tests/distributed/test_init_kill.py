@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.gangs import KILLS
+
 pytestmark = pytest.mark.slow
-KILLS = 10
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def finished_layers(run: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def test_ten_kills_of_ranks(
+def test_kills_of_ranks(
     base_config: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], wide_base: Path, tmp_path: Path
 ) -> None:
     base_config["model"]["path"] = str(wide_base)

@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.gangs import KILLS
+
 pytestmark = pytest.mark.slow
-KILLS = 10
 
 
 def start(config: Path) -> subprocess.Popen:
@@ -38,7 +39,7 @@ def kill_supervisor(process: subprocess.Popen) -> None:
     process.stderr.close()
 
 
-def test_ten_kills_change_nothing(
+def test_kills_change_nothing(
     base_config: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
 ) -> None:
     base_config["anchor"] = {"kl": 1.0, "prompts_per_step": 4}

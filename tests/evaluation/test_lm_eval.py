@@ -4,7 +4,6 @@ kind, for the base and with an adapter."""
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,10 @@ from lm_eval.evaluator import evaluate as lm_evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from harness.errors import UserError
 from harness.evaluation.candidates import Candidate
 from harness.evaluation.engines import evaluate
+from harness.evaluation.suites import read_suites
 from harness.evaluation.tasks import load_tasks
 from harness.evaluation.tasks import local_tasks as packaged_tasks
 from harness.tiny import TinyWorld
@@ -26,8 +27,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 # Tasks whose programs run in the sandbox give the same programs to it; those are tested there.
 LEFT_OUT = ["humaneval", "mbpp"]
-if find_spec("langdetect") is None or find_spec("immutabledict") is None:
-    LEFT_OUT.append("ifeval")  # lm-eval's extra of that name is not installed
+try:
+    next(task for task in read_suites()["instruction"].tasks if task.task == "ifeval").needs.check("ifeval")
+except UserError:
+    LEFT_OUT.append("ifeval")  # a resource of nltk that must be fetched
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from harness.errors import UserError
+
 T = TypeVar("T")
 SUPERVISOR = "PALIMPSEST_SUPERVISOR_PID"
 
@@ -17,6 +19,9 @@ def join_ranks() -> None:
     """Initialise the process group through DeepSpeed; a process started without a launcher is a gang of one.
 
     DeepSpeed must know the world size before any ZeRO-3 configuration is built, else it takes it for 1.
+
+    Raises:
+        UserError: the port at which ranks meet is taken.
     """
     name_accelerator()
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -33,7 +38,14 @@ def join_ranks() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(verbose=False)
+    try:
+        deepspeed.init_distributed(verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"--master_port: {os.environ['MASTER_PORT']} is in use on this machine; give the launcher another one"
+        ) from error
     die_with_supervisor()
 
 

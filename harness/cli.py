@@ -1,4 +1,4 @@
-"""The command line: `harness doctor | run | sweep | report | methods | demo`, and a command for each stage.
+"""The command line: `harness doctor | run | sweep | report | methods | recipes | demo`, and a command for each stage.
 
 And `harness analyse spectrum | covariance | truncation | fisher-overlap`, `harness cache list | verify | prune`.
 """
@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="CONFIG")]
+ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file, or recipe.yaml:row.", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: train.seed=1 …", metavar="[KEY=VALUE]…")]
 Force = Annotated[str | None, typer.Option(help="Redo this stage and everything that depends on it.")]
 ForceThis = Annotated[bool, typer.Option("--force", help="Redo this stage and everything that depends on it.")]
@@ -127,9 +127,10 @@ def report(
     baseline: Annotated[str | None, typer.Option(help="The run that others are tested against [the first].")] = None,
 ) -> None:
     """Write report.md, report.html and tables/ of one run, or a comparison of several."""
+    from harness.recipes import locate
     from harness.reporting.report import write_comparison, write_report
 
-    if len(places) == 1 and places[0].is_file():
+    if len(places) == 1 and locate(places[0])[0].is_file():
         _run(places[0], None, ["report"], "report")
         return
     for place in places:
@@ -249,6 +250,19 @@ def fisher_overlap(
     from harness.analysis.fisher_overlap import fisher_overlap as study
 
     _analyse(study, config, overrides, out, groups=groups, at=at, layers=layers, data=data, samples=samples)
+
+
+@app.command(epilog="Examples: harness recipes · harness recipes fclora mrpc")
+def recipes(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(help="Only those with every word in paper, table, file or row.", metavar="[WORD]…"),
+    ] = None,
+) -> None:
+    """List every recipe: the paper, table and row that it reproduces, and the command that runs it."""
+    from harness.recipes import listing
+
+    print("\n".join(listing(words or [])))
 
 
 @app.command()

@@ -54,16 +54,18 @@ class ModelConfig(Strict):
     """The base model. `quantization: nf4` quantises the frozen (residual) weights; adapters never are.
 
     `modules_to_save`: modules that are trained in full and saved beside the adapter; the head that a task adds is
-    always one of them. `projector`: what becomes of the projector of a vision-language model.
+    always one of them. `projector`: what becomes of the projector of a vision-language model. `head` of an image
+    classifier: one for the classes of `data.train`, or the base's own with rows for those.
     """
 
     path: str
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantization: Literal["none", "nf4"] = "none"
     double_quantization: bool = True
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    target_modules: Literal["all-linear", "all-conv", "all-linear+conv"] | list[str] = "all-linear"
     modules_to_save: list[str] = []
     projector: Literal["frozen", "full", "adapted"] = "frozen"
+    head: Literal["new", "extended"] = "new"
     _task: TaskName = PrivateAttr("causal_lm")
     _original: str | None = PrivateAttr(None)
     _head: tuple[str, ...] = PrivateAttr(())

@@ -18,6 +18,7 @@ from harness.config import PositiveInt, RunConfig, Strict, nearest, read_mapping
 from harness.errors import UserError
 from harness.pipeline import REDONE_QUIETLY, STAGES, has_work, is_finished
 from harness.preflight import check
+from harness.recipes import configuration, split_row
 from harness.resources import find
 from harness.run_directory import RunDirectory
 
@@ -130,11 +131,12 @@ def _base(base: str | dict[str, Any], folder: Path) -> tuple[dict[str, Any], Pat
         from harness.tiny import build
 
         return tiny_config(build(), "tiny", [], Path("runs")).model_dump(mode="json"), folder
+    file, row = split_row(base)
     try:
-        path = find(base, folder)
+        path = find(file, folder)
     except FileNotFoundError as error:
         raise UserError(f"base: {error}; give a run's YAML file, or {TINY} for the embedded world") from error
-    return read_mapping(path), path.parent
+    return configuration(path if row is None else f"{path}:{row}"), path.parent
 
 
 # ---------------------------------------------------------------- expansion

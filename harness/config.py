@@ -50,6 +50,9 @@ TaskName = Literal[
 ]
 
 
+PROJECTOR = "multi_modal_projector"  # as transformers calls it in LLaVA and its like
+
+
 class ModelConfig(Strict):
     """The base model. `quantization: nf4` quantises the frozen (residual) weights; adapters never are.
 
@@ -82,8 +85,9 @@ class ModelConfig(Strict):
 
     @property
     def trained_modules(self) -> tuple[str, ...]:
-        """Modules that are trained in full beside an adapter, by name: those that are listed, and the task's head."""
-        return tuple(dict.fromkeys((*self.modules_to_save, *self._head)))
+        """Modules that are trained in full beside an adapter, by name: those listed, the projector, the task's head."""
+        projector = (PROJECTOR,) if self.projector == "full" else ()
+        return tuple(dict.fromkeys((*self.modules_to_save, *projector, *self._head)))
 
     def with_head(self, path: str, head: Sequence[str]) -> "ModelConfig":
         """This base with the task's ``head``, saved at ``path``."""
@@ -100,6 +104,8 @@ class SourceConfig(Strict):
     Columns: `prompt` is the text that is read, `pair` a second one (the other sentence; the context of a question),
     `response` what is to be learned (text, class, number, answers), `image` paths or bytes of images, one or a list;
     `image_folder` is where relative paths start. `classes`: the names of the classes in the order of their numbers.
+    Of questions about images: `options`, the columns of what to choose from (one that lists them, or one for each), and
+    `instruction`, a last line for every question (how to answer).
     """
 
     path: str
@@ -111,6 +117,8 @@ class SourceConfig(Strict):
     image: str | None = None
     image_folder: str | None = None
     classes: list[str] | None = None
+    options: list[str] | None = None
+    instruction: str | None = None
     template: str = "none"
     samples: PositiveInt = 256  # rows drawn when statistics are taken from this source
 
@@ -367,13 +375,13 @@ def resolve(content: dict[str, Any], folder: Path | None = None) -> RunConfig:
     model._task = config.task
     update["model"] = model
     sources = {
-        key: source.model_copy(update={"path": _local(source.path, folder)})
+        key: _located(source, folder)
         for key in ("train", "preserve", "validation")
         if (source := getattr(config.data, key)) is not None
     }
     replay = config.data.replay
     if replay is not None and replay.source is not None:
-        source = replay.source.model_copy(update={"path": _local(replay.source.path, folder)})
+        source = _located(replay.source, folder)
         sources["replay"] = replay.model_copy(update={"source": source})
     update["data"] = config.data.model_copy(update=sources)
     try:
@@ -479,6 +487,14 @@ def _local(path: str, folder: Path | None) -> str:
         return str(find(path, folder))
     except FileNotFoundError:
         return path
+
+
+def _located(source: SourceConfig, folder: Path | None) -> SourceConfig:
+    """The source with absolute paths where it names local files or folders."""
+    update = {"path": _local(source.path, folder)}
+    if source.image_folder is not None:
+        update["image_folder"] = _local(source.image_folder, folder)
+    return source.model_copy(update=update)
 
 
 def _existing(key: str, path: str, folder: Path | None) -> str:

@@ -127,6 +127,8 @@ def stage_inputs(config: RunConfig, stage: str) -> dict[str, Any]:
         for key, value in flat.items()
         if any(key == part or key.startswith(f"{part}.") for part in _READS[stage]) and key not in _EXECUTION
     }
+    if stage not in ("eval", "report"):  # nothing before them reads it
+        chosen = {key: value for key, value in chosen.items() if not key.startswith("data.validation")}
     if stage == "calibrate":
         request = required_statistics(config)
         chosen["statistics"] = None if request is None else {**asdict(request), "kinds": list(request.kinds)}
@@ -135,7 +137,8 @@ def stage_inputs(config: RunConfig, stage: str) -> dict[str, Any]:
             chosen |= {key: value for key, value in flat.items() if key.startswith(source)}
     if stage == "init" and build_method(config.method, config.train.seed).probe() is not None:
         chosen |= {key: flat[key] for key in _PROBES_READ}
-    for key in ("model.path", "data.train.path", "data.preserve.path", "data.replay.source.path", "eval.data_dir"):
+    sources = ("train", "preserve", "validation", "replay.source")
+    for key in ("model.path", "eval.data_dir", *(f"data.{source}.path" for source in sources)):
         if isinstance(chosen.get(key), str) and Path(chosen[key]).exists():
             chosen[f"{key} (content)"] = _identity(Path(chosen[key]))
     return chosen
@@ -284,9 +287,14 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _identity(path: Path) -> list[list[Any]]:
-    """Names, sizes and modification times of a file or of the files of a folder."""
+    """Names, sizes and modification times of a file or of the files of a folder; of a folder in it, of all together."""
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    found: list[list[Any]] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    for folder in [] if path.is_file() else sorted(entry for entry in path.iterdir() if entry.is_dir()):
+        inside = [file.stat() for file in folder.rglob("*") if file.is_file()]
+        newest = max((status.st_mtime_ns for status in inside), default=0)
+        found.append([folder.name, len(inside), sum(status.st_size for status in inside), newest])
+    return found
 
 
 def _brief(value: Any) -> str:

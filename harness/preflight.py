@@ -7,17 +7,28 @@ file. What a hub id stands for is checked by the stage that downloads it.
 import importlib.util
 import json
 import re
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 
-from harness.config import RunConfig, SourceConfig, nearest
+from harness.config import PROJECTOR, RunConfig, SourceConfig, nearest
 from harness.errors import UserError
 from harness.methods.base import Method
 from harness.methods.registry import method_class
-from harness.models.targets import Layer
+from harness.models.targets import Layer, reads_images
 from harness.tasks.registry import task_class
 from harness.training.penalties.registry import entry_needs, penalty_entries
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+# How LLaVA's files name what its modules are called (see `harness.models.stored_names`, which has to load the model).
+_LLAVA_NAMES = (
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "model.language_model."),
+    ("vision_tower.vision_model.", "model.vision_tower."),
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+)
+LOOKED_AT = 100  # lines of a data file
 _DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -26,6 +37,7 @@ def check(config: RunConfig) -> None:
     check_inputs(config)
     _check_method(config)
     _check_train(config)
+    _check_what_is_learned(config)
     _check_tasks(config)
 
 
@@ -40,12 +52,14 @@ def check_inputs(config: RunConfig) -> None:
         sources |= {f"penalties.{i}.sources.{j}": source for j, source in enumerate(own)}
     for key, source in sources.items():
         if source is not None:
-            _check_source(key, source)
             task_class(config.task)(config).check(key, source)
+            _check_source(key, source)
 
 
 def _check_model(config: RunConfig) -> None:
     path = Path(config.model.path)
+    if config.model.head != "new" and config.task != "image_classification":
+        raise UserError(f"model.head: {config.model.head} given; it is for task image_classification, leave it out")
     if config.model.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("model.quantization: nf4 needs bitsandbytes, which is not installed; pip install bitsandbytes")
     if not path.is_dir():
@@ -63,10 +77,21 @@ def _check_model(config: RunConfig) -> None:
 def _check_targets(config: RunConfig, shapes: dict[str, list[int]]) -> None:
     name = config.method["name"]
     cls = method_class(name)
+    if config.task == "image_text":
+        shapes = _beside_tower(config, shapes)
+    if config.task == "image_classification" and isinstance(config.model.target_modules, list):
+        shapes = _as_modules(config, shapes)
     layers = {n: s for n, s in shapes.items() if len(s) == 2 and not _is_embedding(n)}
     convolutions = {n: s for n, s in shapes.items() if 3 <= len(s) <= 5}
     targets = config.model.target_modules
-    if targets != "all-linear":
+    if isinstance(targets, str):
+        if "conv" in targets and not cls.adapts_convolutions:
+            raise UserError(
+                f"model.target_modules: {targets} given, and method {name!r} has no form for convolutions; use method "
+                "flora or lora_conv, or all-linear"
+            )
+        chosen = (layers if "linear" in targets else {}) | (convolutions if "conv" in targets else {})
+    else:
         allowed = layers | convolutions if cls.adapts_convolutions else layers
         known = sorted({n.rsplit(".", 1)[-1] for n in allowed})
         for target in targets:
@@ -82,9 +107,8 @@ def _check_targets(config: RunConfig, shapes: dict[str, list[int]]) -> None:
                 f"linear layer; allowed: all-linear or any of {', '.join(known)}{nearest(target, known)}"
             )
         chosen = {n: s for n, s in allowed.items() if any(_is_named(n, t) for t in targets)}
-    else:
-        chosen = layers
-    linear = {n: s for n, s in chosen.items() if len(s) == 2}
+    # The head is trained in full, whatever its size.
+    linear = {n: s for n, s in _of_body(chosen).items() if len(s) == 2}
     rank = config.method.get("rank")
     if isinstance(rank, int) and linear:
         layer, shape = min(linear.items(), key=lambda item: min(item[1]))
@@ -94,6 +118,34 @@ def _check_targets(config: RunConfig, shapes: dict[str, list[int]]) -> None:
             )
     options = cls.Options.model_validate({key: value for key, value in config.method.items() if key != "name"})
     cls(options).check_layers([Layer(n, s[0], s[1], tuple(s[2:])) for n, s in chosen.items()])
+
+
+def _beside_tower(config: RunConfig, shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The layers under the names of a LLaVA's modules, without those that are adapted only if they are named alone."""
+    named = {}
+    for stored, shape in shapes.items():
+        place = next(((a, b) for a, b in _LLAVA_NAMES if stored.startswith(a)), ("", ""))
+        named[place[1] + stored.removeprefix(place[0])] = shape
+    projector, targets = config.model.projector == "adapted", config.model.target_modules
+    outside = {n: s for n, s in named.items() if not reads_images(n) or (projector and PROJECTOR in n.split("."))}
+    alone = isinstance(targets, list) and not all(any(_is_named(n, target) for n in outside) for target in targets)
+    return named if alone else outside
+
+
+def _as_modules(config: RunConfig, shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The layers under the names of their modules, which a ViT's files call otherwise."""
+    from harness.models.stored_names import parameter_names
+    from harness.models.weights import empty_model
+
+    stored = {f"{name}.weight": shape for name, shape in shapes.items()}
+    names = parameter_names(empty_model(config.model), stored)
+    return {names[name].removesuffix(".weight"): shape for name, shape in stored.items() if name in names}
+
+
+def _of_body(layers: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The layers that lie where most do: a model's body has one name, its head another."""
+    parts = Counter(name.partition(".")[0] for name in layers)
+    return {name: shape for name, shape in layers.items() if name.partition(".")[0] == parts.most_common(1)[0][0]}
 
 
 def _is_named(module: str, target: str) -> bool:
@@ -173,7 +225,20 @@ def _columns(key: str, path: Path) -> list[str] | None:
         raise UserError(f"{key}: {path}: line 1 is not JSON ({error}); a .jsonl file has one object a line") from error
     if not isinstance(row, dict):
         raise UserError(f"{key}: {path}: line 1 is not a JSON object; a .jsonl file has one object a line")
-    return list(row)
+    return list(row | _keys_of_more(path))
+
+
+def _keys_of_more(path: Path) -> dict[str, None]:
+    """The keys of a .jsonl file's first lines: a row may leave out what it has not, such as an image."""
+    found: dict[str, None] = {}
+    with path.open("rb") as file:
+        for line in islice(file, LOOKED_AT):
+            try:
+                row = json.loads(line)
+            except ValueError:  # said where all rows are read
+                continue
+            found |= dict.fromkeys(row) if isinstance(row, dict) else {}
+    return found
 
 
 def _check_method(config: RunConfig) -> None:
@@ -241,6 +306,55 @@ def _check_penalties(config: RunConfig, method: type[Method]) -> None:
             raise UserError(f"data.preserve: missing; {penalty} needs prompts to preserve")
 
 
+def _check_what_is_learned(config: RunConfig) -> None:
+    """What a task without text as its answer has no form for, and losses on rows that say no answer."""
+    task = task_class(config.task)(config)
+    replay = config.data.replay
+    entries = {entry["name"]: entry_needs(entry) for entry in penalty_entries(config)}
+    if not task.generates:
+        for name, needs in entries.items():
+            if needs.original_model or needs.answers or name == "anchor":
+                raise UserError(
+                    f"{name}: task {config.task!r} has a head that the original model has not, so there are no answers "
+                    "to hold on to; remove it, or keep old rows by data.replay"
+                )
+        if "migu" in entries and not task.reads_text:
+            raise UserError(
+                f"penalties: migu goes by outputs at tokens, and rows of task {config.task!r} have none; remove it"
+            )
+        if replay is not None and replay.answers:
+            raise UserError(
+                f"data.replay.answers: true given; with task {config.task!r} the original model answers nothing; "
+                "replay rows with right answers (data.replay.source)"
+            )
+    for name, needs in entries.items():
+        if needs.pair_alone and task.has_head:
+            raise UserError(
+                f"{name}: as configured it is for runs that train A and B of linear layers alone, and the head of task "
+                f"{config.task!r} is trained beside them; allowed over it: curvature: diag"
+            )
+    preserve = config.data.preserve
+    if preserve is None or task.labelled(preserve):
+        return
+    method = method_class(config.method["name"])
+    options = method.Options.model_validate({key: value for key, value in config.method.items() if key != "name"})
+    request, probe = method(options).statistics(), method(options).probe()
+    reasons = {
+        f"method {config.method['name']!r}": request is not None
+        and request.data == "preserve"
+        and request.needs_gradients,
+        f"method.{probe.option}: auto" if probe is not None else "": probe is not None,
+        "train.preserve_loss_steps": config.train.preserve_loss_steps is not None,
+        "data.replay": replay is not None and replay.source is None and replay.ratio > 0,
+        **{name: needs.preserve for name, needs in entries.items()},
+    }
+    for who in (name for name, wants in reasons.items() if wants):
+        raise UserError(
+            f"data.preserve.response: missing; {who} needs the loss of task {config.task!r} on these rows, and they "
+            "say no answers; name their column, or leave it out (eval.knowledge: [preserve] needs none)"
+        )
+
+
 def _check_train(config: RunConfig) -> None:
     train = config.train
     ranks = train.ranks if isinstance(train.ranks, int) else 1
@@ -264,6 +378,9 @@ def _check_tasks(config: RunConfig) -> None:
     names = [*config.eval.knowledge, *config.eval.task]
     if not names:
         return
+    if config.task != "causal_lm":
+        _check_direct(config, names)
+        return
     from harness.evaluation.engines import check_backend
     from harness.evaluation.suites import expand
     from harness.evaluation.tasks import check_data, check_tasks
@@ -277,6 +394,24 @@ def _check_tasks(config: RunConfig) -> None:
     check_tasks(names, include_path, data_dir)
     if data_dir is not None:  # what comes from the hub is looked for by the stage that needs it
         check_data(names, include_path, data_dir)
+    _check_reference(config)
+
+
+def _check_direct(config: RunConfig, names: list[str]) -> None:
+    """What the direct evaluation is asked, and whether the base can be asked what it knew."""
+    from harness.evaluation.direct import VALIDATION, questions
+    from harness.tasks.masked_lm import MaskedLM, check_masked_head
+
+    for question in questions(config, names):
+        if not question.retention and question.name != VALIDATION:
+            question.task.check(question.key, question.source)
+        folder = Path(config.model.path)
+        if isinstance(question.task, MaskedLM) and folder.is_dir():
+            check_masked_head(config.model.path, _weight_shapes(folder))
+    _check_reference(config)
+
+
+def _check_reference(config: RunConfig) -> None:
     reference = config.eval.full_fine_tuning
     if reference is not None and not (Path(reference) / "eval" / "results.json").is_file():
         raise UserError(

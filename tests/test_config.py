@@ -145,7 +145,7 @@ BAD: dict[str, Bad] = {
     "wrong type": Bad([change("train.seed", "one")], ["train.seed", "'one'", "an integer"]),
     "text for a block": Bad([change("model", "org/name")], ["model", "'org/name'", "a mapping of keys"]),
     "number for a list": Bad(
-        [change("model.target_modules", 5)], ["model.target_modules", "5", "'all-linear' or a list"]
+        [change("model.target_modules", 5)], ["model.target_modules", "5", "'all-linear+conv' or a list"]
     ),
     "not allowed": Bad([change("model.dtype", "bf16")], ["model.dtype", "'bf16'", "did you mean 'bfloat16'?"]),
     "zero": Bad([change("train.batch_size", 0)], ["train.batch_size", "0", "greater than 0"]),

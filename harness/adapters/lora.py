@@ -9,7 +9,7 @@ where the base weight became a residual and something needs the original model's
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,8 @@ def attach_lora(model: nn.Module, ranks: Mapping[str, int], scaling: float) -> P
 
 def attach(model: nn.Module, config: PeftConfig) -> PeftModel:
     """The model with a trainable adapter of any form that PEFT has; all other parameters frozen."""
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        config.task_type = None  # PEFT's class for language models asks for that
     return get_peft_model(model, config, adapter_name=TRAINED)
 
 
@@ -168,19 +170,27 @@ def write_adapter(folder: Path, factors: Mapping[str, LowRank], base_model: str)
     write_layers(folder, layers, lora_config(ranks, scaling, base_model))
 
 
-def add_modules(folder: Path, tensors: Mapping[str, torch.Tensor], task: TaskName) -> None:
+def add_modules(folder: Path, tensors: Mapping[str, torch.Tensor], task: TaskName, modules: Sequence[str] = ()) -> None:
     """Add modules that were trained in full to the adapter in ``folder``, as PEFT's ``modules_to_save``; and the task.
 
     Args:
-        tensors: parameters by their names in the base model (``classifier.weight``).
+        tensors: parameters by their names in the base model (``classifier.dense.weight``).
+        modules: what was to be trained (``classifier``). PEFT cannot load one of these and a part of it beside it.
     """
     config = read_json(folder / CONFIG)
     config["task_type"] = _TASK_TYPES.get(task)
     if tensors:
-        config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in tensors})
+        config["modules_to_save"] = sorted({_outermost(name.rpartition(".")[0], modules) for name in tensors})
         own = {f"{_PREFIX}{name}": tensor.float() for name, tensor in tensors.items()}
         write_tensors(folder / WEIGHTS, load_file(folder / WEIGHTS) | own, {"format": "pt"})
     write_json(folder / CONFIG, config)
+
+
+def _outermost(name: str, modules: Sequence[str]) -> str:
+    """The largest module around ``name`` that one of ``modules`` names, in full or by its last parts; else itself."""
+    parts = name.split(".")
+    around = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return next((a for a in around if any(a == m or a.endswith(f".{m}") for m in modules)), name)
 
 
 def write_layers(folder: Path, layers: Mapping[str, Mapping[str, torch.Tensor]], config: PeftConfig) -> None:

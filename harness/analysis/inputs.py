@@ -24,6 +24,7 @@ from harness.models.sharing import input_groups
 from harness.models.targets import adapted_modules
 from harness.stages.calibrate import BATCH_ROWS, calibration_rows, probe_inputs
 from harness.tasks.base import Task
+from harness.tasks.registry import task_class
 from harness.training.distributed import training_device
 
 T = TypeVar("T")
@@ -47,6 +48,7 @@ class DataSet:
         pool: list[Example] | None = None,
     ) -> list[Row]:
         """``samples`` rows drawn as the calibrate stage draws them, from ``pool`` if it is given."""
+        _check_task(type(task))
         examples = self.examples if pool is None else pool
         return calibration_rows(task, self.source, examples, self.key, sampling_round)
 
@@ -56,12 +58,18 @@ class DataSet:
         return {"label": self.label, "path": self.source.path, "columns": columns, "samples": self.source.samples}
 
 
+def _check_task(task: type[Task]) -> None:
+    if not task.reads_text:
+        raise UserError(f"task: {task.name} given; `harness analyse` looks at texts, which rows of that task have not")
+
+
 def configured(config: RunConfig, name: str, samples: int | None = None) -> DataSet:
     """The configuration's ``train`` or ``preserve`` set.
 
     Raises:
         UserError: there is no such set, or it cannot be read.
     """
+    _check_task(task_class(config.task))
     source = getattr(config.data, name)
     if source is None:
         raise UserError(f"data.{name}: missing; add it to the configuration, or give --data FILE:COLUMN")

@@ -40,6 +40,10 @@ class Row:
         """What the model reads besides tokens (``pixel_values``), stacked along the first dimension in a batch."""
         return {}
 
+    def digests(self) -> list[str]:
+        """Checksums of what `tensors` are made of: with them, equal rows have equal tokens and equal tensors."""
+        return []
+
 
 def tokenise(
     examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", max_length: int, description: str = "tokenise"

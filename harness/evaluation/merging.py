@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from harness.config import TaskName
 from harness.files import read_json
 from harness.methods.base import LowRank
 from harness.run_directory import cache_directory
@@ -21,7 +22,7 @@ _PREFIX = "base_model.model."
 
 
 @contextmanager
-def merged(model: str | Path, adapter: Path, dtype: str) -> Iterator[Path]:
+def merged(model: str | Path, adapter: Path, dtype: str, task: TaskName = "causal_lm") -> Iterator[Path]:
     """A folder with ``model`` + ``adapter`` merged, in ``dtype``; it is removed at the end of the block.
 
     It lies in the cache's folder: a model's size is more than many temporary folders hold. Sums are taken in fp32 and
@@ -34,7 +35,7 @@ def merged(model: str | Path, adapter: Path, dtype: str) -> Iterator[Path]:
     _remove_abandoned(parent)
     folder = Path(tempfile.mkdtemp(prefix=f"merged-{socket.gethostname()}-{os.getpid()}-", dir=parent))
     try:
-        write_merged(folder, str(model), getattr(torch, dtype), updates(adapter))
+        write_merged(folder, str(model), getattr(torch, dtype), updates(adapter), trained_modules(adapter), task=task)
         yield folder
     finally:
         shutil.rmtree(folder)
@@ -57,6 +58,12 @@ def updates(adapter: Path) -> dict[str, LowRank]:
             scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
             found[layer] = LowRank(A.T, B.T, scaling) if config.get("fan_in_fan_out") else LowRank(B, A, scaling)
     return found
+
+
+def trained_modules(adapter: Path) -> dict[str, torch.Tensor]:
+    """What a PEFT adapter holds of modules that were trained in full, by the names of the base model."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items() if ".lora_" not in key}
 
 
 def _remove_abandoned(parent: Path) -> None:

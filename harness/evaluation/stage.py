@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from harness.config import RunConfig
 from harness.errors import UserError
 from harness.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Cell
 from harness.evaluation.candidates import Candidate
@@ -74,11 +75,44 @@ def evaluate_run(
         "engines": engines,
         "server": server,
     }
-    base, *evaluated = evaluate([Candidate("base", None, base_model), *tuned], names, batch_size=batch_size, **options)
-    described = {"schema": SCHEMA, "base_model": base_model, "engine": backend}
+    models = evaluate([Candidate("base", None, base_model), *tuned], names, batch_size=batch_size, **options)
+    return write_results(RunDirectory(run), base_model, backend, models, knowledge, task, full_fine_tuning, reference)
+
+
+def evaluate_run_directly(config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+    """`evaluate_run` for tasks that lm-eval has no form for (`harness.evaluation.direct`).
+
+    Args:
+        config: ``model.path`` at the base with the task's head.
+    """
+    from harness.evaluation.direct import ENGINE, evaluate_directly, expanded
+
+    options = config.eval
+    knowledge, task = expanded(config, options.knowledge), expanded(config, options.task)
+    full = None if options.full_fine_tuning is None else Path(options.full_fine_tuning)
+    reference = None if full is None else _reference(full, task)
+    base = Candidate("base", None, config.model.path)
+    tuned = tuned_candidates(config.model.path, run, options.checkpoints)
+    models = evaluate_directly(config, [base, *tuned], [*knowledge, *task])
+    return write_results(run, config.model.original, ENGINE, models, knowledge, task, full, reference)
+
+
+def write_results(
+    run: RunDirectory,
+    base_model: str,
+    engine: str,
+    models: Sequence[CandidateScores],
+    knowledge: Sequence[str],
+    task: Sequence[str],
+    full_fine_tuning: Path | None,
+    reference: Mapping[str, float] | None,
+) -> dict[str, Any]:
+    """Write ``eval/results.json`` and ``eval/items/``; ``models``: the base first, the final model last."""
+    base, *evaluated = models
+    described = {"schema": SCHEMA, "base_model": base_model, "engine": engine}
     content = described | results(base, evaluated, knowledge, task, full_fine_tuning, reference)
-    write_all_items(RunDirectory(run).items, [base, *evaluated])
-    write_json(RunDirectory(run).results, content)
+    write_all_items(run.items, models)
+    write_json(run.results, content)
     return content
 
 

@@ -1,9 +1,10 @@
 """Suites: named lists of tasks in ``eval/suites/*.yaml``, with what each task needs.
 
 A suite is data. It says which lm-eval tasks it holds, what it changes about them (metric to report, few-shot examples,
-generation), and under which names a local copy of their data is looked for. There are three kinds: ``generative``
-suites are evaluated by `harness.evaluation.engines`; ``encoder`` suites hold classification and span tasks with their
-metrics; a ``dialogue`` suite holds questions that a judge marks (`harness.evaluation.mt_bench`).
+generation), and under which names a local copy of their data is looked for. There are four kinds: ``generative``
+suites are evaluated by `harness.evaluation.engines`; ``encoder`` suites hold classification and span tasks and
+``visual`` suites questions about images, with their metrics (`harness.evaluation.direct`); a ``dialogue`` suite holds
+questions that a judge marks (`harness.evaluation.mt_bench`).
 
 A name means one thing: a task under lm-eval's own name is lm-eval's own task with another place for its data, and a
 suite that changes anything about it gives it a name of its own (``from`` says where it comes from).
@@ -21,10 +22,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from harness.errors import UserError
 from harness.evaluation.encoder_metrics import METRICS
+from harness.evaluation.visual_metrics import VISUAL_METRICS
 from harness.resources import find
 
 _PACKAGED = "eval/suites"
 _PREFIX = "suite:"
+_HOW = {
+    "encoder": "is for encoders",
+    "visual": "is for models that read images (task: image_text)",
+    "dialogue": "is marked by a judge (eval/mt_bench.py)",
+}
 
 
 class _Strict(BaseModel):
@@ -124,6 +131,24 @@ class EncoderTask(_Strict):
     hub: tuple[str, ...]
 
 
+class VisualTask(_Strict):
+    """One task of a visual suite.
+
+    Attributes:
+        columns: fields of `harness.config.SourceConfig` that say what a question is: ``image``, ``prompt``, ``pair``
+            (a hint), ``options``, ``instruction``, ``response``.
+        metrics: names that `harness.tasks.image_text.ImageText.score` knows, the reported one first.
+        data: for each split, a file in ``eval.data_dir``; paths of images start in its folder.
+        hub: hub id and configuration of the data set.
+    """
+
+    task: str
+    columns: dict[str, str | list[str]]
+    metrics: tuple[Literal[VISUAL_METRICS], ...]  # type: ignore[valid-type]
+    data: dict[str, str | list[str]]
+    hub: tuple[str, ...] = ()
+
+
 class DialogueTask(_Strict):
     """Questions with one or more turns; ``data`` names their file in ``eval.data_dir``."""
 
@@ -136,9 +161,9 @@ class Suite(_Strict):
     """A suite file."""
 
     suite: str
-    kind: Literal["generative", "encoder", "dialogue"] = "generative"
+    kind: Literal["generative", "encoder", "visual", "dialogue"] = "generative"
     description: str
-    tasks: tuple[SuiteTask, ...] | tuple[EncoderTask, ...] | tuple[DialogueTask, ...]
+    tasks: tuple[SuiteTask, ...] | tuple[EncoderTask, ...] | tuple[VisualTask, ...] | tuple[DialogueTask, ...]
 
     @property
     def names(self) -> list[str]:
@@ -188,7 +213,7 @@ def expand(names: Sequence[str], include_path: Path | None = None) -> list[str]:
             continue
         suite = suites[bare]
         if suite.kind != "generative":
-            how = "is for encoders" if suite.kind == "encoder" else "is marked by a judge (eval/mt_bench.py)"
+            how = _HOW[suite.kind]
             usable = ", ".join(sorted(suite.suite for suite in suites.values() if suite.kind == "generative"))
             raise UserError(f"eval: the suite '{bare}' {how} and cannot stand here; the others are {usable}")
         expanded += suite.names
@@ -200,7 +225,7 @@ def expand(names: Sequence[str], include_path: Path | None = None) -> list[str]:
 
 def _of_its_kind(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content with its tasks validated as tasks of its kind, so that a mistake is reported for that kind only."""
-    kinds = {"generative": SuiteTask, "encoder": EncoderTask, "dialogue": DialogueTask}
+    kinds = {"generative": SuiteTask, "encoder": EncoderTask, "visual": VisualTask, "dialogue": DialogueTask}
     task = kinds.get(content.get("kind", "generative"), SuiteTask)
     tasks = content.get("tasks")
     return {**content, "tasks": tuple(task.model_validate(one) for one in tasks) if isinstance(tasks, list) else ()}

@@ -41,6 +41,7 @@ class VLLMEngine(TextModel):
         largest_rank: the largest rank of any layer of any adapter that will be used; 0 for none.
         gpu_memory_utilization: share of the GPU's memory that vLLM takes; None for vLLM's default.
         tensor_parallel: GPUs that the model is spread over.
+        images: of one question, at most; for models that read images.
 
     Raises:
         UserError: vLLM is not installed, ``largest_rank`` is larger than vLLM allows, or there are too few GPUs.
@@ -55,6 +56,7 @@ class VLLMEngine(TextModel):
         seed: int = 0,
         gpu_memory_utilization: float | None = None,
         tensor_parallel: int = 1,
+        images: int = 0,
     ) -> None:
         prepare_environment()
         if tensor_parallel > 1 and (count := torch.cuda.device_count()) < tensor_parallel:
@@ -76,6 +78,8 @@ class VLLMEngine(TextModel):
         }
         if tensor_parallel > 1:
             options["tensor_parallel_size"] = tensor_parallel
+        if images:
+            options["limit_mm_per_prompt"] = {"image": images}
         if largest_rank:
             options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": allowed_lora_rank(largest_rank)}
         if gpu_memory_utilization is not None:
@@ -134,6 +138,25 @@ class VLLMEngine(TextModel):
             results.append((sum(entry.logprob for entry in found), all(entry.rank == 1 for entry in found)))
         return results
 
+    def answer(
+        self, asked: Sequence[tuple[list[int], list[Any]]], max_tokens: int, ends: Sequence[int] = ()
+    ) -> list[str]:
+        """Greedy answers to questions about images: token ids, with one token for each image, and the images.
+
+        ``ends``: tokens that end an answer, beside the model's own.
+        """
+        from vllm import SamplingParams, TokensPrompt
+
+        prompts = [
+            TokensPrompt(prompt_token_ids=ids, **({"multi_modal_data": {"image": images}} if images else {}))
+            for ids, images in asked
+        ]
+        parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, stop_token_ids=[*self.end_tokens, *ends])
+        outputs = self._llm.generate(prompts, parameters, use_tqdm=self._bar("answer"))
+        # Not vLLM's own text, which leaves out a character that is cut at the end.
+        found = [output.outputs[0].token_ids for output in outputs]
+        return [text.strip() for text in self.tokenizer.batch_decode(found, skip_special_tokens=True)]
+
     def close(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -146,13 +169,16 @@ class VLLMEngine(TextModel):
     def _run(self, prompts: list[list[int]], parameters: Any, description: str) -> list[Any]:
         from vllm import TokensPrompt
 
-        hidden = not (sys.stderr.isatty() and is_main_process())
         return self._llm.generate(
             [TokensPrompt(prompt_token_ids=tokens) for tokens in prompts],
             parameters,
             lora_request=self._request,
-            use_tqdm=False if hidden else functools.partial(tqdm, desc=description, leave=False),
+            use_tqdm=self._bar(description),
         )
+
+    def _bar(self, description: str) -> Any:
+        hidden = not (sys.stderr.isatty() and is_main_process())
+        return False if hidden else functools.partial(tqdm, desc=description, leave=False)
 
     def _kv_cache_bytes(self, dtype: str) -> int:
         text = self.config.get_text_config()

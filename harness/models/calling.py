@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from harness.data.collation import Batch, model_inputs
@@ -19,6 +20,14 @@ def innermost(model: nn.Module) -> nn.Module:
 
 
 def arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """Keyword arguments of ``model``'s forward for a batch; one that generates keeps no cache of keys and values."""
-    generates = getattr(innermost(model), "can_generate", lambda: False)()
-    return {**model_inputs(batch), **({"use_cache": False} if generates else {})}
+    """Keyword arguments of ``model``'s forward for a batch; one that generates keeps no cache of keys and values.
+
+    Pixels become what the model computes in: not every model sees to that itself.
+    """
+    own = innermost(model)
+    generates = getattr(own, "can_generate", lambda: False)()
+    dtype = getattr(own, "dtype", torch.float32)
+    inputs = {
+        n: tensor.to(dtype) if tensor.is_floating_point() else tensor for n, tensor in model_inputs(batch).items()
+    }
+    return {**inputs, **({"use_cache": False} if generates else {})}

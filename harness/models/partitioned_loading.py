@@ -21,7 +21,7 @@ from harness.config import ModelConfig
 from harness.console import say
 from harness.models.loading import load_model, whole_weights
 from harness.models.quantisation import quantise_linears, quantised_layer, replace_module, residual_weight
-from harness.models.targets import target_modules
+from harness.models.targets import quantised_modules
 from harness.models.weights import BaseWeights, empty_model
 
 if TYPE_CHECKING:
@@ -63,10 +63,10 @@ def load_quantised(config: ModelConfig, subtracted: Mapping[str, "LowRank"], dev
         _say_whole(config)
         with whole_weights():
             model = load_model(config)
-        quantise_linears(model, subtracted, dtype, double, device, config.trained_modules)
+        quantise_linears(model, quantised_modules(model, config), subtracted, dtype, double, device)
         return model.to(device)
     divider = Divider() if configured.is_deepspeed_zero3_enabled() else None
-    for name, linear in target_modules(model, "all-linear", left_out=config.trained_modules).items():
+    for name, linear in quantised_modules(model, config).items():
         dense = weights.read(f"{name}.weight").to(device)
         layer = quantised_layer(linear, residual_weight(dense, subtracted.get(name), dtype), dtype, double)
         replace_module(model, name, layer)

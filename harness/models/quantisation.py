@@ -2,8 +2,9 @@
 
 What is quantised is the residual weight W' = W − s·B·A of an adapted layer, never W itself where a block of W was moved
 into the adapter (CorDA++ §V-C). Every linear layer but the output embedding is quantised, adapted or not, as QLoRA
-does. Quantisation is deterministic, so `nf4_values` says exactly what a quantised layer computes with: the export
-adds the trained update to that.
+does; in a vision-language model those of its language model (`harness.models.targets.quantised_modules`). Quantisation
+is deterministic, so `nf4_values` says exactly what a quantised layer computes with: the export adds the trained update
+to that.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from harness.models.targets import Layer, target_modules
+from harness.models.targets import Layer
 
 if TYPE_CHECKING:
     from harness.methods.base import LowRank, Update
@@ -52,17 +53,14 @@ def misread_on_cpu(layers: Sequence[Layer], device: torch.device) -> list[str]:
 @torch.no_grad()
 def quantise_linears(
     model: nn.Module,
+    linears: Mapping[str, nn.Linear],
     subtracted: Mapping[str, "LowRank"],
     dtype: torch.dtype,
     double: bool,
     device: torch.device,
-    left_out: Sequence[str] = (),
 ) -> None:
-    """Put an NF4 layer holding its residual weight in the place of every linear layer that ``all-linear`` names.
-
-    ``left_out``: modules that stay as they are, because they are trained themselves.
-    """
-    for name, linear in target_modules(model, "all-linear", left_out=left_out).items():
+    """Put an NF4 layer holding its residual weight in the place of each of ``linears``, layers of ``model`` by name."""
+    for name, linear in linears.items():
         weight = residual_weight(linear.weight.detach().to(device), subtracted.get(name), dtype)
         replace_module(model, name, quantised_layer(linear, weight, dtype, double))
     model.is_loaded_in_4bit = True  # what PEFT and transformers look at

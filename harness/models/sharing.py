@@ -27,8 +27,12 @@ def input_groups(
     seen: dict[tuple[int, int], str] = {}
     alive: list[torch.Tensor] = []
     groups = {name: name for name in modules}
+    called: set[str] = set()
 
     def record(name: str, tensor: torch.Tensor) -> None:
+        if name in called:  # what it reads besides is no token's (see `harness.statistics.collector`)
+            return
+        called.add(name)
         # The version tells a tensor from what an operation in place made of it between two layers.
         groups[name] = seen.setdefault((id(tensor), tensor._version), name)
         alive.append(tensor)

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from harness.errors import UserError
+from harness.models.targets import reads_images
 from harness.models.weights import BaseWeights, empty, fill
 
 REMEDY = "use resident, or auto"
@@ -46,9 +47,12 @@ class Blocks:
 def decoder_blocks(model: nn.Module, layers: Sequence[str]) -> Blocks:
     """The members of the one `ModuleList` that holds all of ``layers``.
 
+    Of a vision-language model that is the list of its language model; layers that read images run before it.
+
     Raises:
         UserError: there is none, or the model has weights that are no parameters; the message names one.
     """
+    layers = [layer for layer in layers if not reads_images(layer)] or list(layers)
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     outermost = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
     holding = [name for name in outermost if all(layer.startswith(f"{name}.") for layer in layers)]

@@ -4,14 +4,19 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from torch import nn
 
-from harness.config import ModelConfig
+from harness.config import PROJECTOR, ModelConfig
+from harness.console import say
 from harness.errors import UserError
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# What transformers calls the parts of vision-language models.
+LANGUAGE_MODEL = "language_model"
+VISION_TOWERS = ("vision_tower", "visual", "vision_model", "image_tower")
 _OWN_FORWARD = {convolution.forward for convolution in CONVOLUTIONS}
 
 
@@ -40,20 +45,35 @@ def adapted_modules(model: nn.Module, config: ModelConfig, convolutions: bool = 
     Raises:
         UserError: as `target_modules`.
     """
-    return target_modules(model, config.target_modules, convolutions, config.trained_modules)
+    projector = config.projector == "adapted"
+    return target_modules(model, config.target_modules, convolutions, config.trained_modules, projector)
+
+
+def quantised_modules(model: nn.Module, config: ModelConfig) -> dict[str, nn.Linear]:
+    """The layers whose frozen weights are quantised: what ``all-linear`` names, adapted or not, and what is adapted."""
+    projector = config.projector == "adapted"
+    every = target_modules(model, "all-linear", left_out=config.trained_modules, projector=projector)
+    adapted = adapted_modules(model, config, convolutions=True)
+    linear = {n for n, m in (every | adapted).items() if isinstance(m, nn.Linear)}
+    return {n: m for n, m in model.named_modules() if n in linear and isinstance(m, nn.Linear)}
 
 
 def target_modules(
     model: nn.Module,
-    targets: Literal["all-linear"] | list[str],
+    targets: Literal["all-linear", "all-conv", "all-linear+conv"] | list[str],
     convolutions: bool = False,
     left_out: Sequence[str] = (),
+    projector: bool = False,
 ) -> dict[str, nn.Module]:
     """The target layers of ``model`` by dotted name, in the order in which the model defines them.
 
-    ``all-linear`` is every `nn.Linear` but the output embedding and the head of a task, as in PEFT. A list holds full
-    names or their last parts (``q_proj``); it may name convolutions where the method has a form for them
-    (``convolutions``). Nothing in the modules ``left_out`` is a target.
+    ``all-linear`` is every `nn.Linear` but the output embedding and the head of a task, as in PEFT; ``all-conv`` every
+    convolution; ``all-linear+conv`` both. A list holds full names or their last parts (``q_proj``). Convolutions may be
+    named where the method has a form for them (``convolutions``). Nothing in the modules ``left_out`` is a target.
+
+    Of a model that reads images too, ``all-linear`` and the like stand for its language model, and with ``projector``
+    for its projector as well. A last part in a list (``q_proj``) stands for layers of the vision tower only where no
+    other layer has that name; that is said.
 
     Raises:
         UserError: an entry of the list matches no layer, or a convolution where only linear layers are adapted; the
@@ -65,15 +85,13 @@ def target_modules(
         n: m for n, m in model.named_modules() if not any(_named(part, o) for o in left_out for part in _within(n))
     }
     linear = {n: m for n, m in named.items() if isinstance(m, nn.Linear) and m is not output}
-    if targets == "all-linear":
-        body = _body_prefix(model)
-        linear = {n: m for n, m in linear.items() if n.startswith(body)}
-        if not linear:
-            raise UserError("model.target_modules: the model has no torch.nn.Linear layers; all-linear finds none")
-        return linear
     convolved = {n: m for n, m in named.items() if is_convolution(m)}
+    if isinstance(targets, str):
+        return _every(model, targets, linear if "linear" in targets else {}, convolved, convolutions, projector)
     allowed = linear | convolved if convolutions else linear
     chosen: set[str] = set()
+    # In a model that has no tower no name begins with this.
+    tower = f"{vision_tower(model)}." if language_model(model) is not None else "."
     for target in targets:
         matches = {name for name in allowed if _named(name, target)}
         if not matches:
@@ -90,8 +108,81 @@ def target_modules(
                 f"model.target_modules: {target!r} matches no {kinds}; allowed: all-linear or any of "
                 f"{', '.join(known)}{hint}"
             )
-        chosen |= matches
+        beside = {name for name in matches if not name.startswith(tower)}
+        if not beside:
+            _say_once(f"model.target_modules: {target!r} is in the vision tower, which is adapted there as asked for")
+        chosen |= beside or matches
     return {name: module for name, module in model.named_modules() if name in chosen}
+
+
+def _every(
+    model: nn.Module,
+    targets: str,
+    linear: dict[str, nn.Module],
+    convolved: dict[str, nn.Module],
+    convolutions: bool,
+    projector: bool,
+) -> dict[str, nn.Module]:
+    """The layers that ``all-linear``, ``all-conv`` or ``all-linear+conv`` stands for, in the model's order."""
+    if "conv" in targets and not convolutions:
+        raise UserError(
+            f"model.target_modules: {targets} given, and this method has no form for convolutions; use method flora or "
+            "lora_conv, or all-linear"
+        )
+    chosen = linear | (convolved if "conv" in targets else {})
+    bodies = (_body_prefix(model),)
+    if (language := language_model(model)) is not None:
+        parts = [part for part in (language, projector_of(model) if projector else None) if part is not None]
+        bodies = tuple(f"{part}." for part in parts)
+    found = {n: m for n, m in model.named_modules() if n in chosen and n.startswith(bodies)}
+    if not found:
+        kinds = {"all-linear": "torch.nn.Linear layers", "all-conv": "convolutions"}
+        raise UserError(
+            f"model.target_modules: the model has no {kinds.get(targets, 'such layers')}; {targets} finds none"
+        )
+    return found
+
+
+def language_model(model: nn.Module) -> str | None:
+    """The dotted name of the language model in a model that reads images too; None of any other."""
+    found = _part(model, LANGUAGE_MODEL)
+    return found if found is not None and vision_tower(model) is not None else None
+
+
+def vision_tower(model: nn.Module) -> str | None:
+    """The dotted name of what turns images into features, in a model that has a language model beside it."""
+    return next((name for part in VISION_TOWERS if (name := _part(model, part)) is not None), None)
+
+
+def projector_of(model: nn.Module) -> str | None:
+    """The dotted name of what turns features of images into what a language model reads; None where there is none."""
+    return _part(model, PROJECTOR)
+
+
+def reads_images(layer: str) -> bool:
+    """Whether a layer of that dotted name reads features of images and not tokens, in a vision-language model."""
+    return bool({PROJECTOR, *VISION_TOWERS} & set(layer.split(".")))
+
+
+def freeze_vision(model: nn.Module, config: ModelConfig) -> None:
+    """Freeze the vision tower, and the projector unless that is trained: for what trains a whole model.
+
+    Nothing in a model of one part.
+    """
+    parts = [vision_tower(model), projector_of(model) if config.projector != "full" else None]
+    if language_model(model) is not None:
+        for part in filter(None, parts):
+            model.get_submodule(part).requires_grad_(False)
+
+
+def _part(model: nn.Module, name: str) -> str | None:
+    """The dotted name of the outermost module called ``name``, no deeper than a model's body."""
+    return next((n for n, _ in model.named_modules() if _named(n, name) and n.count(".") < 2), None)
+
+
+@cache
+def _say_once(line: str) -> None:
+    say(line)
 
 
 def _body_prefix(model: nn.Module) -> str:

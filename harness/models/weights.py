@@ -4,8 +4,8 @@
 name of its parameter, as `harness.models.loading.load_model` would load it.
 
 Warning:
-    Some architectures store weights under other names than those of their parameters, or stack them while they load
-    (experts of a mixture). What is not found in the files makes `BaseWeights` load the model whole, once, and say so.
+    Some architectures stack weights while they load (experts of a mixture). What is not found in the files, also not
+    under another name (`harness.models.stored_names`), makes `BaseWeights` load the model whole, once, and say so.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from harness.console import say
 from harness.errors import UserError
 from harness.files import tensor_checksum
 from harness.models.loading import auto_class, load_model, whole_weights
+from harness.models.stored_names import parameter_names
 
 
 def empty_model(config: ModelConfig) -> PreTrainedModel:
@@ -72,6 +73,8 @@ class BaseWeights:
                 raise UserError(f"model.path: {file} is damaged: {error}") from error
         if not self._files:
             raise UserError(f"model.path: {config.path} has no safetensors weights; save it with save_pretrained")
+        # Parameter → the name under which the files have it; found here, while the model has all of its modules.
+        self._stored = {parameter: name for name, parameter in parameter_names(model, self._files).items()}
 
     @cached_property
     def complete(self) -> bool:
@@ -102,9 +105,9 @@ class BaseWeights:
 
     def _key(self, parameter: str) -> str | None:
         """The name under which the files have the parameter; None where they have none for it."""
-        prefix = f"{self._model.base_model_prefix}."
-        for name in (parameter, parameter.removeprefix(prefix), prefix + parameter, *self._tied(parameter)):
-            if name in self._files and self._shapes[name] == self._model.get_parameter(parameter).shape:
+        for own in (parameter, *self._tied(parameter)):
+            name = self._stored.get(own)
+            if name is not None and self._shapes[name] == self._model.get_parameter(parameter).shape:
                 return name
         return None
 
@@ -116,7 +119,7 @@ class BaseWeights:
     @cached_property
     def _whole(self) -> dict[str, torch.Tensor]:
         say(
-            f"model.path: {self._config.path} stores some weights under other names than its parameters'; the model is "
+            f"model.path: {self._config.path} stores some weights otherwise than the model holds them; the model is "
             "loaded whole"
         )
         with whole_weights():

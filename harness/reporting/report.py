@@ -406,15 +406,23 @@ def _snippets(record: RunRecord) -> list[Snippet]:
         base = record.evaluation.base_model
     served = re.sub(r"[^\w.-]+", "-", record.name, flags=re.ASCII).strip("-") or "tuned"
     found = []
+    task = str(record.setting("task") or "causal_lm")
+    generates = task in ("causal_lm", "image_text")
+    model_class = _model_class(task)
+    readers = {"image_text": "AutoProcessor", "image_classification": "AutoImageProcessor"}
+    reader = readers.get(task, "AutoTokenizer")
+    name = "processor" if task in readers else "tokenizer"
     if (run / "adapter").is_dir() and base:
         adapter = run / "adapter"
         config = read_json(adapter / "adapter_config.json") if (adapter / "adapter_config.json").exists() else {}
         base = config.get("base_model_name_or_path") or base  # a quantised run's adapter lies on its frozen base
+        if (run / "base").is_dir():  # the base with a head of as many classes
+            base = run / "base"
         python = (
             "from peft import PeftModel\n"
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({str(base)!r})\n"
-            f"base = AutoModelForCausalLM.from_pretrained({str(base)!r}, dtype='auto')\n"
+            f"from transformers import {model_class}, {reader}\n\n"
+            f"{name} = {reader}.from_pretrained({str(base)!r})\n"
+            f"base = {model_class}.from_pretrained({str(base)!r}, dtype='auto')\n"
             f"model = PeftModel.from_pretrained(base, {str(adapter)!r})"
         )
         found.append(Snippet("Load the adapter with PEFT", "python", python))
@@ -423,12 +431,26 @@ def _snippets(record: RunRecord) -> list[Snippet]:
             f"vllm serve {shlex.quote(str(base))} --enable-lora --max-lora-rank {_served_rank(config)} \\\n"
             f"  --lora-modules {shlex.quote(lora)}"
         )
-        if not config.get("use_dora"):  # vLLM has no such layers; merged/ is served
+        if generates and not config.get("use_dora"):  # vLLM has no such layers; merged/ is served
             found.append(Snippet("Serve the adapter with vLLM", "sh", command))
-    if (run / "merged").is_dir():
+    if (run / "merged").is_dir() and not generates:
+        python = (
+            f"from transformers import {model_class}\n\nmodel = {model_class}.from_pretrained({str(run / 'merged')!r})"
+        )
+        found.append(Snippet("Load the merged model", "python", python))
+    elif (run / "merged").is_dir():
         command = f"vllm serve {shlex.quote(str(run / 'merged'))} --served-model-name {served}"
         found.append(Snippet("Serve the merged model with vLLM", "sh", command))
     return found
+
+
+def _model_class(task: str) -> str:
+    """The name of transformers' class for a task."""
+    if task == "causal_lm":
+        return "AutoModelForCausalLM"
+    from harness.models.loading import auto_class
+
+    return auto_class(task).__name__
 
 
 def _served_rank(config: Mapping[str, Any]) -> int:

@@ -29,5 +29,5 @@ def print_summary(run: RunDirectory) -> None:
     for what, path in places.items():
         if path.exists():
             console.print(f"{what:>13}  {path}", markup=False)
-    if run.merged.is_dir():
+    if run.merged.is_dir() and not run.base.is_dir():  # a model with a head of its own generates nothing
         console.print(f"{'next':>13}  vllm serve {run.merged}", markup=False)

@@ -76,7 +76,7 @@ def calibrate(config: RunConfig, run: RunDirectory) -> None:
         return
     widest = max(module.in_features for module in modules.values())
     rounds = [calibration_rows(task, source, examples, f"data.{key}", number) for number in range(request.rounds)]
-    for tokens in {sum(len(row.input_ids) for row in rows) for rows in rounds}:
+    for tokens in {sum(len(row.input_ids) for row in rows) for rows in rounds} if task.reads_text else ():
         if tokens < widest:
             say(
                 f"warning: data.{key}.samples: {tokens} tokens for layers up to {widest} wide; their covariance has "
@@ -99,7 +99,7 @@ def calibration_rows(task: Task, source: SourceConfig, examples: list[Any], key:
     """The rows of one sampling round, sorted by length: less padding and, padding being masked, the same numbers."""
     chosen = sample(examples, source.samples, "calibrate", task.config.train.seed, number)
     rows = sorted(task.rows(chosen), key=lambda row: len(row.input_ids))
-    empty = sum(not row.input_ids for row in rows)
+    empty = sum(not row.input_ids for row in rows) if task.reads_text else 0
     if empty:
         raise UserError(f"{key}: {empty} of {len(rows)} sampled rows have no tokens; remove empty rows")
     return rows
@@ -168,8 +168,11 @@ class _Work:
     def counts(self) -> str:
         """How many statistics over how many tokens."""
         kinds = ", ".join(f"{len(set(g.values()))} × {k.replace('_', ' ')}" for k, g in self._groups[0].items())
-        tokens = ", ".join(f"{sum(len(row.input_ids) for row in rows):,}" for rows in self._rounds)
-        return f"{kinds} over {tokens} tokens{f' in {len(self._rounds)} rounds' if len(self._rounds) > 1 else ''}"
+        sizes = (
+            sum(len(row.input_ids) for row in rows) if self._task.reads_text else len(rows) for rows in self._rounds
+        )
+        items = f"{', '.join(f'{size:,}' for size in sizes)} {'tokens' if self._task.reads_text else 'images'}"
+        return f"{kinds} over {items}{f' in {len(self._rounds)} rounds' if len(self._rounds) > 1 else ''}"
 
     def reduced(self) -> str:
         """The bytes that went to other ranks and came from them; nothing where there are none."""

@@ -13,10 +13,13 @@ def evaluate(config: RunConfig, run: RunDirectory) -> None:
     if not options.knowledge and not options.task:
         say("eval: no tasks are configured (eval.knowledge, eval.task); nothing to do")
         return
-    from harness.evaluation.stage import evaluate_run
+    from harness.evaluation.stage import evaluate_run, evaluate_run_directly
     from harness.evaluation.suites import expand
     from harness.evaluation.tasks import check_data
 
+    if config.task != "causal_lm":
+        evaluate_run_directly(config, run)
+        return
     places = {
         key: None if (value := getattr(options, key)) is None else Path(value)
         for key in ("data_dir", "include_path", "full_fine_tuning")

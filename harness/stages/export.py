@@ -50,7 +50,7 @@ def _export_one(
     dtype = getattr(torch, config.model.dtype)
     if method.trains_base:
         with _published(destination / "merged") as staging:
-            if method.trains_all:
+            if method.trains_all and config.task != "image_text":  # there parts of the base stay as they are
                 cast_model(checkpoint / "trained", staging, config.model.path, dtype, config.task)
             else:
                 trained = dict(read_tensors(checkpoint / "trained"))
@@ -65,7 +65,7 @@ def _export_one(
     beside = trained_modules(checkpoint)
     with _published(destination / "adapter") as staging:
         method.write_adapter(staging, layers, updates, base)
-        add_modules(staging, beside, config.task)
+        add_modules(staging, beside, config.task, config.model.trained_modules)
     unservable = any(
         isinstance(update, TensorUpdate) or (config.eval.backend == "vllm" and not isinstance(update, LowRank))
         for update in updates.values()

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from harness.adapters.base_parameters import keep_initial, train_in_full
 from harness.adapters.lora import add_initial, load_tensors, read_layers, subtract_from_base
@@ -23,8 +24,9 @@ from harness.export.shards import read_file, read_tensors
 from harness.files import read_json, sha256
 from harness.methods.base import LowRank, Method
 from harness.methods.registry import build_method
+from harness.models.filling import fill_passes
 from harness.models.partitioned_loading import cast_undivided, load_quantised, load_trained
-from harness.models.targets import adapted_modules
+from harness.models.targets import adapted_modules, freeze_vision
 from harness.run_directory import RunDirectory
 from harness.stages.answers import answered_rows
 from harness.stages.initialise import subtracted_blocks
@@ -67,8 +69,12 @@ def make_trainer(config: RunConfig, run: RunDirectory, resume: Path | None = Non
     penalties = build_penalties(task, run, rows)
     needs_original = any(entry_needs(entry).original_model for entry in penalty_entries(config))
     method.set_steps(rows.steps)
+    model = build_model(config, run, method, resume, needs_original)
+    filler = task.filler()
+    if filler is not None and (world_size() > 1 or is_deepspeed_zero3_enabled()):
+        fill_passes(model, filler, task.pad_id)
     trainer = HarnessTrainer(
-        build_model(config, run, method, resume, needs_original),
+        model,
         arguments,
         rows,
         task=task,
@@ -216,13 +222,14 @@ def build_model(
 ) -> nn.Module:
     """The model that is trained: base or residual weights, adapters with the tensors of step 0 or of ``resume``."""
     device = training_device()
-    if method.trains_all:
+    if method.trains_all and config.task != "image_text":
         base = config.model if resume is None else config.model.model_copy(update={"path": str(resume / "trained")})
         return method.attach(load_trained(base, device), {})
     if method.trains_base:
         model = load_trained(config.model, device)
         targets = adapted_modules(model, config.model)
         model = method.attach(model, dict.fromkeys(targets, 0))
+        freeze_vision(model, config.model)
         train_in_full(model, config.model.trained_modules)
         if needs_original:
             keep_initial(model)
@@ -250,7 +257,7 @@ def build_model(
         load_tensors(model, trained_modules(resume).items())
     layers = initial if resume is None else trained_layers(resume, initial)
     load_tensors(model, ((f"{layer}.{name}", tensor) for layer, own in layers.items() for name, tensor in own.items()))
-    if config.model.quantization == "nf4":
+    if config.model.quantization == "nf4" or config.model.trained_modules:  # divided weights among what is trained
         cast_undivided(model, getattr(torch, config.model.dtype))
     return model
 

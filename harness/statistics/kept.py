@@ -86,6 +86,9 @@ class KeptStatistics:
 
     def _content(self, kind: Kind, rows: Sequence[Row]) -> dict[str, Any]:
         content = {**self._model, "kind": kind, "ids": _digest([row.input_ids for row in rows])}
+        digests = [row.digests() for row in rows]
+        if any(digests):
+            content["tensors"] = _digest(digests)
         if kind == "input_covariance":
             return content
         seed = self._labels.seed if self._labels.fisher == "mc" else None

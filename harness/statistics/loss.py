@@ -1,5 +1,6 @@
 """The loss that gradient statistics are of: −log p of a row's labels, summed over its items (tokens, of a response)."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,9 +48,16 @@ def _drawn(
 ) -> torch.Tensor:
     """A label for every item, drawn from the model's distribution."""
     uniform = []
-    for ids, mask, count in zip(batch["input_ids"], batch["attention_mask"], counted.sum(1).tolist(), strict=True):
-        generator = torch.Generator().manual_seed(seed_for("mc", seed, ids[mask.bool()].tolist()))
+    for content, count in zip(_contents(batch), counted.sum(1).tolist(), strict=True):
+        generator = torch.Generator().manual_seed(seed_for("mc", seed, content))
         # One uniform number per item through the inverse of the distribution function: rounding, which differs with
         # batch size and device, moves a draw only where it falls on the edge between two labels.
         uniform.append(torch.rand(count, 1, generator=generator, dtype=torch.float64))
     return objective.drawn(outputs_NV, torch.cat(uniform).to(outputs_NV.device))
+
+
+def _contents(batch: Batch) -> list[object]:
+    """What tells rows from others: their real tokens, or the pixels of rows that are an image and nothing else."""
+    if "input_ids" not in batch:
+        return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in batch["pixel_values"]]
+    return [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]

@@ -1,6 +1,7 @@
 """Adding up the ranks' sums: each at the one rank that owns it, or, where asked for, on all of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,18 @@ from harness.statistics.collector import OF_INPUTS, SYMMETRIC, Collector, Sums
 from harness.statistics.products import mirror, row_blocks
 from harness.training.distributed import rank, world_size
 from harness.training.ownership import assign_by_cost
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Tokens: ``real`` ones that a layer has read, by layer, and those ``with_loss`` (or rows, of a class)."""
+
+    real: Mapping[str, int]
+    with_loss: int
+
+    def of(self, kind: str, name: str) -> int:
+        """What the mean of a kind of statistic of a layer is over."""
+        return self.with_loss if kind == "weight_gradient" else self.real[name]
 
 
 class Reduction:
@@ -62,18 +75,19 @@ class Reduction:
             piece.copy_(whole)
 
 
-def token_counts(collector: Collector) -> dict[str, int]:
-    """Kind → how many tokens its mean is over, on all ranks. Collective.
+def token_counts(collector: Collector) -> Counts:
+    """How many tokens the means are over, on all ranks. Collective.
 
     Raises:
         UserError: there is none.
     """
-    counts = torch.tensor([collector.real, collector.with_loss], device=collector.device)
+    counts = torch.tensor([*collector.real.values(), collector.with_loss], device=collector.device)
     if dist.is_initialized():
         dist.all_reduce(counts)
-    real, with_loss = counts.tolist()
+    *each, with_loss = counts.tolist()
+    real = dict(zip(collector.real, each, strict=True))
     if any(kind not in OF_INPUTS for kind in collector.kinds) and with_loss == 0:
         raise UserError("statistics: no sampled row has a response token; check the response column and max_length")
-    if real == 0:
+    if not any(each):
         raise UserError("statistics: the sampled rows hold no real token; check the prompt column and max_length")
-    return {kind: with_loss if kind == "weight_gradient" else real for kind in collector.kinds}
+    return Counts(real, with_loss)

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from harness.data.collation import Batch
+from harness.errors import UserError
 from harness.models.calling import arguments
 from harness.models.freezing import gradients_of_activations
 from harness.statistics.collector import OF_INPUTS, Collector, Quantity, Tokens
@@ -48,7 +49,7 @@ def collect_resident(
     with collector.attached():
         try:
             if set(kinds) <= set(OF_INPUTS):
-                _forward_passes(model, collector, batches)
+                _forward_passes(model, collector, batches, labels)
             else:
                 model.eval()
                 _backward_passes(model, collector, batches, labels)
@@ -62,14 +63,20 @@ def means(collector: Collector, reduction: Reduction) -> Iterator[tuple[Quantity
     """What `collect_resident` yields, of any collector that has seen its batches. Collective."""
     counts = token_counts(collector)
     for kind, name, total in reduction.owned(collector.sums):
-        yield kind, name, total.div_(counts[kind]), counts[kind]
+        count = counts.of(kind, name)
+        if count == 0:
+            raise UserError(
+                f"statistics: no sampled row comes to {name}, so nothing is known of it; sample rows with images, or "
+                "list the layers to adapt without it"
+            )
+        yield kind, name, total.div_(count), count
 
 
 @torch.no_grad()
-def _forward_passes(model: nn.Module, collector: Collector, batches: Iterable[Batch]) -> None:
+def _forward_passes(model: nn.Module, collector: Collector, batches: Iterable[Batch], labels: Labels) -> None:
     body = _body(model, collector.modules)
     for number, batch in enumerate(batches):
-        tokens = Tokens(number, batch, collector.device)
+        tokens = Tokens(number, batch, collector.device, labels.objective)
         collector.begin(tokens)
         body(**arguments(model, tokens.inputs()))
         collector.check()

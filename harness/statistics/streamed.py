@@ -8,13 +8,16 @@ CPU where the accelerator has no room); norm, head and loss give the gradient at
 block gets its weights again, recomputes its forward pass from the kept inputs and passes the gradient on to the block
 before it. Where a model computes something between two blocks, autograd goes through that as well.
 
+Target layers that every pass runs before the first block (the projector of a vision-language model) are hooked while
+the passes come to that block; their gradients come last, out of the first block's inputs.
+
 Warning:
     Kept inputs grow with depth: tokens × width × blocks (34 GB for 256 rows of 512 tokens in a 7B Llama in bf16, over
     all ranks); everything else is flat.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -102,15 +105,62 @@ def collect_streamed(
     ]
     own = blocks.holding(modules)
     deepest = max(place for place, names in enumerate(own) if names)
-    sweep = _Sweep(model, blocks, weights, device, runs, modules, own, len(rounds), reduction, advance)
+    inside = {name for names in own for name in names}
+    around = _Around({name: m for name, m in modules.items() if name not in inside}, len(rounds), kinds, device)
+    groups |= around.groups
+    sweep = _Sweep(model, blocks, weights, device, runs, modules, own, around, len(rounds), reduction, advance)
     of_inputs = [kind for kind in kinds if kind in OF_INPUTS]
     if of_gradients:
         with gradients_of_activations(model):
             yield from sweep.forward(range(len(blocks.modules)), probe, of_inputs, groups, labels)
-        first = min(place for place, names in enumerate(own) if names)
+        first = 0 if around.groups else min(place for place, names in enumerate(own) if names)
         yield from sweep.backward(range(len(blocks.modules) - 1, first - 1, -1), of_gradients)
     else:
         yield from sweep.forward(range(deepest + 1), probe, of_inputs, groups, None)
+    yield from around.found(reduction)
+
+
+class _Around:
+    """Target layers outside the blocks: a collector for each round, of which one at a time looks on."""
+
+    def __init__(
+        self, modules: Mapping[str, nn.Linear], rounds: int, kinds: Sequence[Quantity], device: torch.device
+    ) -> None:
+        self.groups = {name: name for name in modules}
+        self._collectors = [Collector(modules, self.groups, kinds, device) for _ in range(rounds if modules else 0)]
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside the block these layers report what passes through them."""
+        with ExitStack() as stack:
+            for collector in self._collectors:
+                stack.enter_context(collector.attached())
+            yield
+
+    def begin(self, run: _Run | None) -> None:
+        """What follows is the pass of ``run``, or of nothing that counts."""
+        for number, collector in enumerate(self._collectors):
+            collector.check()  # of the run before
+            if run is not None and run.round == number:
+                collector.begin(run.tokens)
+            else:
+                collector.pause()
+
+    def follow(self, run: _Run) -> None:
+        """What follows is the backward pass of ``run``."""
+        for number, collector in enumerate(self._collectors):
+            collector.check()
+            if run.round == number:
+                collector.follow(run.tokens)
+            else:
+                collector.pause()
+
+    def found(self, reduction: Reduction) -> Iterator[Found]:
+        """What `collect_streamed` yields, of these layers. Collective."""
+        self.begin(None)
+        for number, collector in enumerate(self._collectors):
+            for found in means(collector, reduction):
+                yield number, *found
 
 
 @dataclass
@@ -122,6 +172,7 @@ class _Sweep:
     runs: list[_Run]
     modules: Mapping[str, nn.Linear]
     own: list[list[str]]  # target layers of each block
+    around: _Around
     rounds: int
     reduction: Reduction
     advance: Advance
@@ -137,8 +188,13 @@ class _Sweep:
         """The blocks in ``order``; with ``labels``, norm, head and the loss's backward pass to the last block."""
         park = self._park(1 if labels is None else len(order))
         probe_tokens = Tokens(-1, probe, self.device)
-        calls = [lambda: self._forward(probe_tokens), *(self._call(run.tokens, labels) for run in self.runs)]
-        with suspended(self.blocks, calls, self.device) as suspension, closing(self._loaded(order)) as turns:
+        calls = [self._call(None, probe_tokens, None), *(self._call(run, run.tokens, labels) for run in self.runs)]
+        with (
+            self.around.attached(),
+            suspended(self.blocks, calls, self.device) as suspension,
+            closing(self._loaded(order)) as turns,
+        ):
+            self.around.begin(None)
             probing, *forwards = suspension.forwards
             for run, forward in zip(self.runs, forwards, strict=True):
                 run.forward = forward
@@ -202,7 +258,8 @@ class _Sweep:
                     with collector.attached():
                         for run in self._of(number):
                             collector.begin(run.tokens)
-                            self._run_backward(run, place, onward=place != order[-1])
+                            self.around.follow(run)
+                            self._run_backward(run, place, onward=place != order[-1] or bool(self.around.groups))
                             collector.check()
                             trim()
                             self.advance(self._doing(place, "gradients, "))
@@ -240,17 +297,20 @@ class _Sweep:
             # A graph between blocks may be common to several of them.
             torch.autograd.backward(*zip(*pushed, strict=True), retain_graph=True)
 
-    def _call(self, tokens: Tokens, labels: Labels | None) -> Callable[[], None]:
-        if labels is None:
-            return lambda: self._forward(tokens)
+    def _call(self, run: _Run | None, tokens: Tokens, labels: Labels | None) -> Callable[[], None]:
+        def without_loss() -> None:
+            self.around.begin(run)
+            self._forward(tokens)
 
         def with_loss() -> None:
+            self.around.begin(run)
+            assert labels is not None
             with torch.enable_grad():
                 inputs = tokens.inputs()
                 logits = labels.objective.logits(self.model(**arguments(self.model, inputs)), inputs)
                 labelled_loss(logits, tokens, labels).backward()
 
-        return with_loss
+        return without_loss if labels is None else with_loss
 
     @torch.no_grad()
     def _forward(self, tokens: Tokens) -> None:
@@ -269,11 +329,12 @@ class _Sweep:
         return f"{what}block {place + 1}/{len(self.blocks.modules)}"
 
     def _park(self, copies: int) -> torch.device:
-        """Where hidden states wait for their block's turn."""
-        if self.device.type == "cpu":
-            return self.device
+        """Where hidden states wait for their block's turn. Those of images may have any size: they wait on the CPU."""
+        places = [run.tokens.places for run in self.runs]
+        if self.device.type == "cpu" or None in places:
+            return torch.device("cpu")
         width = self.model.get_input_embeddings().weight
-        needed = sum(run.tokens.places for run in self.runs) * width.shape[-1] * width.element_size() * copies
+        needed = sum(places) * width.shape[-1] * width.element_size() * copies
         return self.device if needed <= PARKED_SHARE * available_memory(self.device) else torch.device("cpu")
 
 

@@ -17,6 +17,7 @@ from harness.tasks.objectives import NEXT_TOKEN, Objective
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Task:
     columns: ClassVar[tuple[str, ...]] = ("prompt",)  # keys of a source that cannot be left out
     objective: ClassVar[Objective] = NEXT_TOKEN
     generates: ClassVar[bool] = False  # True: answers are text, evaluated by the engines; anchors apply
+    reads_text: ClassVar[bool] = True  # False: rows have no tokens
     shortest: ClassVar[int] = 8  # tokens of a row that shows which layers share an input
     metrics: ClassVar[tuple[str, ...]] = ()  # of `predict`'s answers; the first is the score
 
@@ -82,6 +84,10 @@ class Task:
         kept = {name: values[: self.shortest] for name, values in row.columns.items()}
         return Row(row.input_ids[: self.shortest], [], columns=kept)
 
+    def filler(self) -> Row | None:
+        """What a pass without images gets in a model that reads images (`harness.models.filling`); else None."""
+        return None
+
     @property
     def has_head(self) -> bool:
         """Whether the task puts a head of its own on the base (`harness.tasks.head`)."""
@@ -91,6 +97,10 @@ class Task:
         """Plain values that ``from_pretrained`` needs to make the head (``num_labels``)."""
         return {}
 
+    def finish_head(self, model: "PreTrainedModel", drawn: set[str]) -> set[str]:
+        """Change the head of ``model``, just made, of which the parameters ``drawn`` were; those that are drawn now."""
+        return drawn
+
     def check(self, key: str, source: SourceConfig) -> None:
         """Raise `UserError` where a source lacks a column that this task reads."""
         for column in self.columns:
@@ -99,8 +109,18 @@ class Task:
                     f"{key}.{column}: missing; add it to the configuration: task {self.name!r} reads that column"
                 )
 
+    def labelled(self, source: SourceConfig) -> bool:
+        """Whether there is something to learn from the rows of ``source``, so that a loss on them means something."""
+        return True
+
+    # -- direct evaluation (`harness.evaluation.direct`), of tasks that lm-eval has no form for ------------------------
+
+    def asked(self, examples: Sequence[Any]) -> list[Any]:
+        """What of ``examples`` is asked and scored one by one; the examples themselves, if a task has nothing finer."""
+        return list(examples)
+
     def predict(self, model: "nn.Module", examples: Sequence[Any], batch_size: int) -> list[Any]:
-        """The model's answer to each example: a class, a number, a text. Of tasks that lm-eval has no form for."""
+        """The model's answer to each of what `asked` returned: a class, a number, a text."""
         raise NotImplementedError
 
     def score(self, metric: str, predictions: Sequence[Any], examples: Sequence[Any]) -> list[float] | float:
@@ -113,6 +133,14 @@ class Task:
     def shown(self, example: Any, prediction: Any) -> Shown:
         """The example, its right answer and the model's, as they are kept item by item."""
         raise NotImplementedError
+
+    def retention(self) -> "Task":
+        """The task in which ``data.preserve`` is evaluated: what the base could do; by default this one."""
+        return self
+
+    def retention_model(self, model: "nn.Module") -> "nn.Module":
+        """A model of this task, tuned or not, as a model of the task of `retention`."""
+        return model
 
 
 class CausalLM(Task):

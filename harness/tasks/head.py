@@ -10,6 +10,7 @@ Warning:
     13 GB more.
 """
 
+import json
 import shutil
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ def with_head(task: "Task", run: RunDirectory) -> RunConfig:
     """
     config = task.config
     wanted = {"base": config.model.path, "task": config.task, "seed": config.train.seed, **task.head_options()}
+    wanted = json.loads(json.dumps(wanted))  # as it is read back: keys are text
     if rank() == 0:
         record = run.base / RECORD
         if not record.is_file() or read_json(record)["made_from"] != wanted:
@@ -64,11 +66,14 @@ def _write(task: "Task", run: RunDirectory, wanted: dict[str, object]) -> None:
             )
         except OSError as error:
             raise UserError(f"model.path: {config.path!r} cannot be loaded: {' '.join(str(error).split())}") from error
-    drawn = {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}
+        drawn = {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}
+        drawn = task.finish_head(model, drawn)
     modules = {name.rpartition(".")[0] for name in drawn}
     modules |= {
         name for name, child in model.named_children() if child is not model.base_model and list(child.parameters())
     }
+    # A pooler reads one token of a row: it belongs to the head, wherever a model keeps it (BERT: in its body).
+    modules |= {name for name, module in model.named_modules() if _is_pooler(name) and list(module.parameters())}
     # Of a module and one inside it the outer one is enough.
     outer = sorted(name for name in modules if not any(name.startswith(f"{other}.") for other in modules))
     staging = run.path / ".base.staging"
@@ -78,4 +83,9 @@ def _write(task: "Task", run: RunDirectory, wanted: dict[str, object]) -> None:
     write_json(staging / RECORD, {"made_from": wanted, "modules": outer, "drawn": sorted(drawn)})
     publish_directory(staging, run.base)
     if drawn:
-        say(f"model.path: {config.path} has no weights for {', '.join(outer)}; drawn by train.seed, trained in full")
+        new = [name for name in outer if any(weight.startswith(f"{name}.") for weight in drawn)]
+        say(f"model.path: {config.path} has no weights for {', '.join(new)}; drawn by train.seed, trained in full")
+
+
+def _is_pooler(name: str) -> bool:
+    return name.rpartition(".")[2] == "pooler"

@@ -68,6 +68,10 @@ class HarnessTrainer(Trainer):
         torch.manual_seed(seed_for("pass", self.args.seed, step, number, rank()))
         return super().training_step(model, inputs, num_items_in_batch)
 
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """On the device, numbers to be learned as they are: Trainer would round them to the model's dtype."""
+        return {**super()._prepare_inputs(inputs), LABELS: inputs[LABELS].to(self.args.device)}
+
     def compute_loss(
         self,
         model: nn.Module,

@@ -206,7 +206,8 @@ def test_samples_are_what_the_script_writes() -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    written = {str(path.relative_to(SAMPLES)) for path in SAMPLES.rglob("*.*") if path.suffix not in (".py", ".pyc")}
+    files = [path.relative_to(SAMPLES) for path in SAMPLES.rglob("*.*") if path.suffix not in (".py", ".pyc")]
+    written = {str(path) for path in files if path.parts[0] != "visual"}  # that is make_visual.py's
     content = module.files()
     assert written == content.keys()
     assert all((SAMPLES / name).read_text() == text for name, text in content.items())

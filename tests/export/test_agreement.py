@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from harness.adapters.lora import lora_layers, read_adapter, write_adapter
 from harness.config import RunConfig
@@ -40,7 +41,8 @@ def by_peft_alone(config: RunConfig, adapter: Path) -> torch.Tensor:
 
 
 def by_transformers_alone(merged: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return logits(AutoModelForCausalLM.from_pretrained(merged, dtype=dtype).eval())
+    architecture = getattr(transformers, AutoConfig.from_pretrained(merged).architectures[0])
+    return logits(architecture.from_pretrained(merged, dtype=dtype).eval())
 
 
 def exported(config: RunConfig, run: RunDirectory) -> torch.Tensor:

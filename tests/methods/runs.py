@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from harness.config import ModelConfig, RunConfig, resolve
+from harness.config import RunConfig, resolve
 from harness.data.collation import Batch, collate
 from harness.data.tokenisation import Row
 from harness.export.shards import ShardWriter
@@ -77,7 +77,7 @@ def live_model(config: RunConfig, run: RunDirectory, needs_original: bool = True
 
 def base_model(config: RunConfig) -> nn.Module:
     """The base, loaded a second time."""
-    return load_model(ModelConfig(path=config.model.path, dtype=config.model.dtype))
+    return load_model(config.model)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def quantised_whole(config: ModelConfig) -> nn.Module:
     """Loaded whole and dense, then quantised."""
     model = load_model(config)
     dtype = getattr(torch, config.dtype)
-    quantise_linears(model, blocks(model), dtype, config.double_quantization, CPU)
+    quantise_linears(model, target_modules(model, "all-linear"), blocks(model), dtype, config.double_quantization, CPU)
     return model
 
 

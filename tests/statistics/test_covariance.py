@@ -156,7 +156,7 @@ class Poisoned(nn.Module):
         self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
         self.bad = bad
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         hidden = self.first(self.embed(input_ids))
         hidden = torch.where((input_ids == 7)[..., None], self.bad, hidden)
         return self.second(hidden)
@@ -184,7 +184,7 @@ class Routed(nn.Module):
         super().__init__()
         self.embed, self.expert = nn.Embedding(10, 4), nn.Linear(4, 4)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         return self.expert(self.embed(input_ids)[:, 0])
 
 

@@ -233,7 +233,7 @@ class Rough(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> object:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> object:
         hidden = self.first(self.embed(input_ids))
         hidden = torch.where((input_ids == 7)[..., None], 0 * hidden, hidden).abs().sqrt()
         return type("Output", (), {"logits": self.second(hidden)})
@@ -277,7 +277,7 @@ class Aside(Rough):
         super().__init__()
         self.aside = nn.Linear(1, 4)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> object:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> object:
         hidden = self.embed(input_ids) + self.aside(attention_mask[..., None].float())
         return type("Output", (), {"logits": self.second(self.first(hidden))})
 
@@ -285,7 +285,7 @@ class Aside(Rough):
 class Routed(Rough):
     """A layer that sees one token of each row."""
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> object:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> object:
         hidden = self.embed(input_ids)
         return type("Output", (), {"logits": self.second(hidden + self.first(hidden[:, :1]))})
 

@@ -200,7 +200,7 @@ def test_image_and_text_tokens_are_counted(processor: LlavaProcessor, images: in
     pictures = [Image.new("RGB", (48, 48), "red")] * images
     inputs = processor(images=pictures or None, text=text, return_tensors="pt")
     ids = inputs["input_ids"][0].tolist()
-    assert ids.count(processor.image_token_id) == 36 * images == image_tokens(VisualOptions()) * images
+    assert ids.count(processor.image_token_id) == 9 * images == image_tokens(VisualOptions()) * images
     parts = processor.tokenizer(text.split("<image>"), add_special_tokens=False)["input_ids"]
     assert [token for token in ids[1:] if token != processor.image_token_id] == [
         token for part in parts for token in part
@@ -219,7 +219,7 @@ def test_pre_training_reads_what_the_processor_makes(processor: LlavaProcessor) 
     for row, learnt, picture in zip(ids[:3], labels[:3], pictures, strict=True):
         length = int((row != tokenizer.pad_token_id).sum())
         text = tokenizer.decode(row[:length])
-        text = text.replace("<image>" * 36, "<image>").removeprefix("<s>")
+        text = text.replace("<image>" * 9, "<image>").removeprefix("<s>")
         inputs = processor(images=picture, text=text, return_tensors="pt")
         assert inputs["input_ids"][0].tolist() == row[:length].tolist()
         parts = [part.split("</s>")[0] for part in text.split(" ASSISTANT:")[1:]]
@@ -252,7 +252,7 @@ def test_the_default_model_has_two_to_four_million_parameters(processor: LlavaPr
     with torch.device("meta"):
         model = initial_model(processor, VisualOptions())
     assert 2_000_000 <= model.num_parameters() <= 4_000_000
-    assert model.config.image_seq_length == 36
+    assert model.config.image_seq_length == 9
 
 
 def test_the_model_is_a_plain_hugging_face_folder(world: VisualWorld) -> None:

@@ -18,6 +18,7 @@ from harness.data.tokenisation import tokenise
 from harness.errors import UserError
 from harness.methods.registry import build_method
 from harness.models.loading import load_tokenizer
+from harness.preflight import check_inputs
 from harness.statistics.adapter_curvature import trained_weights
 from harness.tasks.registry import load_task
 from harness.training.penalties.base import MicroStep, Needs, PenaltySetup, Preparation
@@ -268,7 +269,6 @@ BAD = [
     ({"lambda": "x"}, r"^penalties\.0\.lambda: 'x' given; allowed: a number$"),
     ({"lamda": 1.0}, r"^penalties\.0\.lamda: unknown key .*curvature, lambda, sources; did you mean 'lambda'\?$"),
     ({"curvature": "kfca"}, r"^penalties\.0\.curvature: 'kfca' given; .*did you mean 'kfac'\?$"),
-    ({"sources": [{"path": "x"}]}, r"^penalties\.0\.sources\.0\.prompt: missing; add it to the configuration$"),
     ({"sources": [{"path": "x", "prompt": "q", "samples": 0}]}, r"^penalties\.0\.sources\.0\.samples: 0 given"),
 ]
 
@@ -277,3 +277,9 @@ BAD = [
 def test_bad_values(base_config: dict[str, Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         resolve({**base_config, "penalties": [entry(**options)]})
+
+
+def test_a_source_without_a_prompt(base_config: dict[str, Any]) -> None:
+    config = resolve({**base_config, "penalties": [entry(sources=[{"path": "x"}])]})
+    with pytest.raises(UserError, match=r"^penalties\.0\.sources\.0\.prompt: missing; add it to the configuration"):
+        check_inputs(config)

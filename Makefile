@@ -1,4 +1,4 @@
-.PHONY: demo test fast lint setup clean
+.PHONY: demo test long fast lint setup clean
 
 demo: setup ## set everything up and run the main job: base model to forgetting report
 	.venv/bin/harness demo
@@ -6,8 +6,11 @@ demo: setup ## set everything up and run the main job: base model to forgetting 
 test: setup ## all tests, slow ones too
 	.venv/bin/python -m pytest -n 2 --dist worksteal
 
+long: setup ## the tests that pre-train small models, minutes each
+	.venv/bin/python -m pytest -n 2 --dist worksteal -m long
+
 fast: setup ## the tests that take seconds
-	.venv/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
+	.venv/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not long"
 
 lint: setup
 	.venv/bin/ruff check .

@@ -121,18 +121,18 @@ class Task:
 
     def predict(self, model: "nn.Module", examples: Sequence[Any], batch_size: int) -> list[Any]:
         """The model's answer to each of what `asked` returned: a class, a number, a text."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} is evaluated by engines, not by itself")
 
     def score(self, metric: str, predictions: Sequence[Any], examples: Sequence[Any]) -> list[float] | float:
         """``metric`` of what `predict` answered: one score for each example, of which the mean is the whole's.
 
         Or one number for all of them, where the metric is no such mean (a correlation, F1 of a class).
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not score answers by itself")
 
     def shown(self, example: Any, prediction: Any) -> Shown:
         """The example, its right answer and the model's, as they are kept item by item."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not show answers by itself")
 
     def retention(self) -> "Task":
         """The task in which ``data.preserve`` is evaluated: what the base could do; by default this one."""

@@ -103,7 +103,7 @@ class EncoderTask(Task):
 
     def answers(self, rows: Any, source: SourceConfig, key: str, examples: Sequence[Texts]) -> list[Answer]:
         """The answers in the column ``response`` of ``rows``, a `datasets.Dataset`."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not say how its rows are made")
 
     def rows(self, examples: Sequence[Texts], description: str = "tokenise") -> list[Row]:
         """One row for each example; two texts together are cut at the longer one."""

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from harness.config import RunConfig, SourceConfig, nearest
-from harness.console import progress, say
+from harness.config import RunConfig, SourceConfig
+from harness.console import progress
+from harness.data.class_folders import class_folders, images_of_classes, is_class_folder
+from harness.data.class_labels import Classes, Label, classes_of, labels_of, names_of_classes
 from harness.data.collation import collate
 from harness.data.images import Picture, pictures, without_bad_images
 from harness.data.sources import read_rows
@@ -33,43 +35,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 PRESERVE = "data.preserve"
-
-
-@dataclass(frozen=True)
-class Label:
-    """What a source says of a row's class: a name, a number, or both. ``where``: the row, in messages."""
-
-    name: str | None
-    number: int | None
-    where: str
-
-    @property
-    def given(self) -> str | int | None:
-        """As it is shown to people."""
-        return self.number if self.name is None else self.name
-
-
-@dataclass(frozen=True)
-class Classes:
-    """The classes of a head in the order of its outputs.
-
-    Attributes:
-        names: of the classes.
-        named: False where the names are nothing but numbers (``7``, ``LABEL_7``): numbers are then what counts.
-        whose: in messages.
-    """
-
-    names: tuple[str, ...]
-    named: bool
-    whose: str
-
-    def number(self, label: Label) -> int | None:
-        """The place of a label's class; None where there is no such class."""
-        if self.named and label.name is not None:
-            return self.names.index(label.name) if label.name in self.names else None
-        if label.number is not None and 0 <= label.number < len(self.names):
-            return label.number
-        return None
 
 
 @dataclass(frozen=True)
@@ -204,49 +169,17 @@ class ImageClassification(Task):
         Raises:
             UserError: the model has no head beside its body, or one whose rows are not those of classes.
         """
-        head = _head_parameters(model)
-        if not head:
-            raise UserError(
-                f"model.path: {type(model).__name__} keeps its classifier within its body, which task {self.name!r} "
-                "does not cover; give a model whose head stands beside its body (ViT, Swin, ConvNeXt-V2)"
-            )
-        if self.config.model.head == "extended":
-            return self._extend(model, drawn)
+        from harness.tasks.class_head import draw_anew, head_parameters, keep_old_rows
+
+        config = self.config.model
+        head = head_parameters(model).keys()
+        if config.head == "extended":
+            return drawn - keep_old_rows(model, config.with_head(config.original, ()), drawn)
         if self.keeps_head or self.old_classes is None:
             return drawn
-        taken = head.keys() - drawn
-        if taken:  # of another meaning
-            from harness.models.loading import auto_class, whole_weights
-
-            with whole_weights():
-                fresh = _head_parameters(auto_class(self.name).from_config(model.config, dtype=model.dtype))
-            with torch.no_grad():
-                for name in taken:
-                    head[name].copy_(fresh[name])
-        return drawn | taken
-
-    def _extend(self, model: "PreTrainedModel", drawn: set[str]) -> set[str]:
-        from harness.models.weights import BaseWeights, empty_model
-
-        config = self.config.model.with_head(self.config.model.original, ())
-        base = empty_model(config)
-        weights, old = BaseWeights(config, base), _head_parameters(base)
-        extended = set()
-        for name, parameter in _head_parameters(model).items():
-            if name not in drawn:
-                continue
-            kept = weights.read(name) if name in old else None
-            if kept is None or kept.shape[1:] != parameter.shape[1:] or len(kept) > len(parameter):
-                raise UserError(
-                    f"model.head: extended given, and {name} of {config.path} does not have a row for each class; set "
-                    "model.head: new"
-                )
-            with torch.no_grad():
-                parameter[: len(kept)] = kept
-            extended.add(name)
-        count = len(self.classes.names) - len(weights.read(next(iter(extended)))) if extended else 0
-        say(f"model.head: {len(self.classes.names) - count} old classes kept, {count} new ones drawn by train.seed")
-        return drawn - extended
+        if fitting := head - drawn:  # and yet of another meaning
+            draw_anew(model, config, fitting)
+        return drawn | head
 
     # -- data ----------------------------------------------------------------------------------------------------------
 
@@ -255,7 +188,7 @@ class ImageClassification(Task):
 
         Of a local source all labels are looked at, and no image.
         """
-        if not _is_class_folder(source):
+        if not is_class_folder(source):
             if source.image is None:
                 raise UserError(
                     f"{key}.image: missing; name the column of images in {source.path}, or give a folder with a "
@@ -263,7 +196,7 @@ class ImageClassification(Task):
                 )
             if source.response is None and key != PRESERVE:
                 raise UserError(f"{key}.response: missing; name the column of classes in {source.path}")
-        if key == "data.train":
+        if key == "data.train" and Path(self.config.model.path).is_dir():
             self._check_model()
         if key == PRESERVE:
             self._check_uses_of_preserve(source)
@@ -272,9 +205,10 @@ class ImageClassification(Task):
                 f"{key}: it is of the loss on old data, and the head that model.head: new trains has no old classes; "
                 "set model.head: extended"
             )
-        if Path(source.path).exists():  # what else there is may be far away
-            _check_folder(source, key)
-            asked = key == PRESERVE and "preserve" in (*self.config.eval.knowledge, *self.config.eval.task)
+        asked = key == PRESERVE and "preserve" in (*self.config.eval.knowledge, *self.config.eval.task)
+        old = asked or self.config.model.head == "extended"
+        # What else there is may be far away.
+        if Path(source.path).exists() and (not old or Path(self.config.model.original).is_dir()):
             (self.retention() if asked else self)._labelled_pictures(source, key)
 
     def labelled(self, source: SourceConfig) -> bool:
@@ -331,16 +265,8 @@ class ImageClassification(Task):
         return Shown(example.place, expected, names[prediction])
 
     def retention(self) -> "ImageClassification":
-        """Beside a new head, the classes of the base's own head.
-
-        Raises:
-            UserError: the base has none.
-        """
-        if self.config.model.head == "extended":
-            return self
-        old = OldClasses(self.config)
-        assert old.classes
-        return old
+        """Beside a new head, the classes of the base's own head."""
+        return self if self.config.model.head == "extended" else OldClasses(self.config)
 
     def retention_model(self, model: "nn.Module") -> "nn.Module":
         """``model``'s body under the head of the original base.
@@ -352,7 +278,7 @@ class ImageClassification(Task):
             return model
         from harness.models.loading import load_model, whole_weights
 
-        self.retention()
+        assert OldClasses(self.config).classes  # else there is no head to load
         with whole_weights():
             base = load_model(self.config.model.with_head(self.config.model.original, ()))
         base.base_model.load_state_dict(model.base_model.state_dict())
@@ -379,16 +305,13 @@ class ImageClassification(Task):
             if twice:
                 raise UserError(f"{key}.classes: {twice[0]!r} stands there twice; every class has a name of its own")
             return Classes(tuple(source.classes), True, whose)
-        if _is_class_folder(source):
-            return Classes(tuple(folder.name for folder in _class_folders(source, key)), True, whose)
-        rows = self._rows_with_labels(source, key)
-        names = _names_of(rows, source)
-        if names is not None:
-            return Classes(tuple(names), True, whose)
-        labels = _labels(rows, source, key)
-        if all(label.name is not None for label in labels):
-            return Classes(tuple(sorted({str(label.name) for label in labels})), True, whose)
-        return Classes(tuple(map(str, range(1 + max(label.number or 0 for label in labels)))), False, whose)
+        if is_class_folder(source):
+            return Classes(tuple(folder.name for folder in class_folders(source, key)), True, whose)
+        if source.response is None:
+            raise UserError(f"{key}.response: missing; name the column of classes in {source.path}")
+        rows = read_rows(source, key)
+        names = names_of_classes(rows, source)
+        return classes_of(labels_of(rows, source, key), whose) if names is None else Classes(tuple(names), True, whose)
 
     def _labelled_pictures(self, source: SourceConfig, key: str) -> list[LabelledImage]:
         """All images of a source, of which none is opened, with the numbers of their classes."""
@@ -396,22 +319,24 @@ class ImageClassification(Task):
         found, places, labels = self._read(source, key)
         numbers: list[int | None] = [None] * len(found)
         if classes is not None and labels is not None:
-            numbers = [_number(label, classes, source, key) for label in labels]
+            field = f"{key}.{'path' if is_class_folder(source) else 'response'}"
+            numbers = [classes.number(label, field) for label in labels]
         return [LabelledImage(*parts) for parts in zip(found, numbers, places, strict=True)]
 
     def _read(self, source: SourceConfig, key: str) -> tuple[list[Picture], list[str], list[Label] | None]:
         """The images of a source, their places, and what it says of their classes, if anything."""
-        if _is_class_folder(source):
-            _check_folder(source, key)
+        if is_class_folder(source):
             numbers = {name: number for number, name in enumerate(source.classes or ())}
-            files = [(file, folder.name) for folder in _class_folders(source, key) for file in _images_in(folder)]
+            files = images_of_classes(source, key)
             found = [Picture(f"{key}.path", lambda file=file: file) for file, _ in files]
             labels = [Label(name, numbers.get(name), str(file)) for file, name in files]
             return found, [f"{name}/{file.name}" for file, name in files], labels
         rows = read_rows(source, key)
         assert source.image is not None
         where = f"row {{}} of {Path(source.path).name}"
-        own = pictures(rows, source.image, _image_folder(source), f"{key}.image: {where}")
+        path = Path(source.path)
+        folder = Path(source.image_folder or (path.parent if path.is_file() else path))
+        own = pictures(rows, source.image, folder, f"{key}.image: {where}")
         for number, images in enumerate(own):
             if len(images) != 1:
                 raise UserError(
@@ -419,13 +344,8 @@ class ImageClassification(Task):
                     f"{self.name!r} reads one a row"
                 )
         places = [where.format(number) for number in range(len(own))]
-        labels = None if source.response is None else _labels(rows, source, key)
+        labels = None if source.response is None else labels_of(rows, source, key)
         return [images[0] for images in own], places, labels
-
-    def _rows_with_labels(self, source: SourceConfig, key: str) -> Any:
-        if source.response is None:
-            raise UserError(f"{key}.response: missing; name the column of classes in {source.path}")
-        return read_rows(source, key)
 
     def _check_model(self) -> None:
         from transformers import AutoModelForImageClassification
@@ -454,7 +374,7 @@ class ImageClassification(Task):
                 "classes; set model.head: extended"
             )
         if (
-            not _is_class_folder(source)
+            not is_class_folder(source)
             and source.response is None
             and (key or "preserve" in (*config.eval.knowledge, *config.eval.task))
         ):
@@ -492,7 +412,7 @@ class OldClasses(ImageClassification):
 
 
 def _has_labels(source: SourceConfig) -> bool:
-    return source.response is not None or _is_class_folder(source)
+    return source.response is not None or is_class_folder(source)
 
 
 def _use_of_preserve(config: RunConfig) -> str | None:
@@ -516,12 +436,6 @@ def _use_of_preserve(config: RunConfig) -> str | None:
     return None
 
 
-def _head_parameters(model: "nn.Module") -> "dict[str, nn.Parameter]":
-    """The parameters outside a model's body, by name."""
-    body = f"{model.base_model_prefix}."
-    return {name: parameter for name, parameter in model.named_parameters() if not name.startswith(body)}
-
-
 def _described(path: str) -> "PretrainedConfig":
     from transformers import AutoConfig
 
@@ -529,114 +443,6 @@ def _described(path: str) -> "PretrainedConfig":
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {path!r} cannot be loaded: {_in_a_line(error)}") from error
-
-
-# -- folders with a sub-folder for each class ------------------------------------------------------------------------
-
-
-def _is_class_folder(source: SourceConfig) -> bool:
-    """Whether a source is a folder with images in sub-folders; a folder of data files has none, and names a column."""
-    path = Path(source.path)
-    if not path.is_dir():
-        return False
-    return source.image is None or any(_images_in(folder) for folder in _sub_folders(path))
-
-
-def _check_folder(source: SourceConfig, key: str) -> None:
-    """Raise `UserError` where a folder of classes has an empty one, or is asked for a split."""
-    if not _is_class_folder(source):
-        return
-    if source.split != "train":
-        raise UserError(
-            f"{key}.split: {source.split!r} given; a folder of classes has no splits: leave it out, and give the "
-            f"folder of the split as {key}.path"
-        )
-    for folder in _class_folders(source, key):
-        if not _images_in(folder):
-            raise UserError(f"{key}.path: the class folder {folder} has no images; fill or remove it")
-
-
-def _class_folders(source: SourceConfig, key: str) -> list[Path]:
-    folders = _sub_folders(Path(source.path))
-    if not folders:
-        raise UserError(f"{key}.path: {source.path} has no sub-folders; task 'image_classification' reads one a class")
-    return folders
-
-
-def _sub_folders(path: Path) -> list[Path]:
-    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _images_in(folder: Path) -> list[Path]:
-    """The images directly in ``folder``, by the names that image files have."""
-    from PIL import Image
-
-    suffixes = Image.registered_extensions()
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes and file.name[0] != ".")
-
-
-def _image_folder(source: SourceConfig) -> Path:
-    """Where relative paths start: as configured, or beside the data file."""
-    if source.image_folder is not None:
-        return Path(source.image_folder)
-    path = Path(source.path)
-    return path.parent if path.is_file() else path
-
-
-# -- labels ----------------------------------------------------------------------------------------------------------
-
-
-def _names_of(rows: Any, source: SourceConfig) -> list[str] | None:
-    """The names that numbers in the column of labels stand for, where the source says them."""
-    return source.classes or getattr(rows.features[source.response], "names", None)
-
-
-def _labels(rows: Any, source: SourceConfig, key: str) -> list[Label]:
-    """What every row says of its class.
-
-    Raises:
-        UserError: a row says nothing, or nothing that could be a class; or some say names and others numbers.
-    """
-    names, file = _names_of(rows, source), Path(source.path).name
-    numbers = {name: number for number, name in enumerate(names or ())}
-    found = []
-    for place, value in enumerate(rows[source.response]):
-        where = f"row {place} of {file}"
-        if isinstance(value, str):
-            found.append(Label(value, numbers.get(value), where))
-        elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-            if names is not None and value >= len(names):
-                raise UserError(
-                    f"{key}.response: {where} has class {value} in {source.response!r}, and there are {len(names)} "
-                    "names"
-                )
-            found.append(Label(None if names is None else names[value], value, where))
-        else:
-            raise UserError(
-                f"{key}.response: {where} has {value!r} in {source.response!r}; allowed: the name of a class, or its "
-                "number, from 0"
-            )
-    odd = next((label for label in found if (label.name is None) != (found[0].name is None)), None)
-    if odd is not None:
-        raise UserError(
-            f"{key}.response: {odd.where} has {odd.given!r} in {source.response!r}, and {found[0].where} has "
-            f"{found[0].given!r}; allowed: names alone, or numbers alone"
-        )
-    return found
-
-
-def _number(label: Label, classes: Classes, source: SourceConfig, key: str) -> int:
-    number = classes.number(label)
-    if number is not None:
-        return number
-    listed = ", ".join(classes.names[:10]) + (f" and {len(classes.names) - 10} more" if len(classes.names) > 10 else "")
-    near = nearest(str(label.given), list(classes.names)) if label.name is not None else ""
-    if not classes.named:
-        listed, near = f"numbers from 0 to {len(classes.names) - 1}", ""
-    field = "path" if _is_class_folder(source) else "response"
-    raise UserError(
-        f"{key}.{field}: {label.where} is of class {label.given!r}, which is not among {classes.whose}: {listed}{near}"
-    )
 
 
 def _in_a_line(error: Exception) -> str:

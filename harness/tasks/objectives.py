@@ -22,15 +22,15 @@ class Objective:
 
     def counted(self, labels: torch.Tensor) -> torch.Tensor:
         """Which items count, bool, (rows, items)."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not say which items count")
 
     def compared(self, logits: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
         """The outputs of the counted items, row by row, (N, V)."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not say which outputs are compared")
 
     def targets(self, labels: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
         """Their labels, (N,)."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not say what they are compared with")
 
     def between(self, outputs_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         """The loss of all items together, fp32 at least."""

@@ -259,7 +259,10 @@ def initial_model(processor: LlavaProcessor, options: VisualOptions) -> LlavaFor
     )
     with torch.random.fork_rng(devices=[]):  # the caller's random state is not ours to change
         torch.manual_seed(sizes.seed)
-        return LlavaForConditionalGeneration(config)
+        model = LlavaForConditionalGeneration(config)
+        # CLIP begins with positions forty times smaller than patches; so small, they are not learnt in a few minutes.
+        nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.5)
+    return model
 
 
 def image_tokens(options: VisualOptions) -> int:

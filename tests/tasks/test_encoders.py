@@ -621,6 +621,7 @@ def check_exports(config: RunConfig, run: RunDirectory) -> None:
         assert list(whole.from_pretrained(run.merged).config.id2label.values()) == task.classes
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "task", "method"),
@@ -682,6 +683,7 @@ def test_exports_of_other_forms(family: str, task: str, blocks: dict[str, Any], 
     assert [model["name"] for model in read_json(run.results)["models"]] == ["base", "final"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_and_resumed(tmp_path: Path) -> None:
     """Adapter and head end as if nothing had happened."""

@@ -718,6 +718,7 @@ LEARNING: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_new_classes_are_learned_beside_old_ones(
     trained: tuple[Architecture, VisionWorld], tmp_path: Path, write_config: Any
@@ -741,6 +742,7 @@ def test_new_classes_are_learned_beside_old_ones(
     assert final["K"] < 1.0  # it forgets something: what is measured is the tuned body
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_extended_head_with_replay_knows_all(
     trained: tuple[Architecture, VisionWorld], tmp_path: Path, write_config: Any

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors import safe_open
 from torch import nn
@@ -390,6 +394,27 @@ def test_what_passes(make: Any) -> None:
     full_name = "model.language_model.layers.0.self_attn.q_proj"
     for targets in (["q_proj"], [full_name], ["model.vision_tower.encoder.layers.0.self_attn.q_proj"], ["linear_1"]):
         preflight.check(make(model={"target_modules": targets}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.train.path=bad.jsonl", "error: data.train.image: row 1 of bad.jsonl: "),
+        ("data.max_length=9", "error: data.max_length: 9 given; row 1 of train.jsonl has "),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2(folder: Path, tmp_path: Path, override: str, says: str) -> None:
+    content = configuration(folder / "world", tmp_path)
+    bad_rows(tmp_path, folder / "world/data/images/train/00000.png")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    command = [str(Path(sys.executable).parent / "harness"), "run", "run.yaml", "train.ranks=1", override]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    wrong = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(wrong) == 1 and wrong[0].startswith(says), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # -- targets, and what is frozen --------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def test_built_once_and_a_plain_hugging_face_folder(family: str, tmp_path: Path)
     assert model(**tokenizer([text], return_tensors="pt")).logits.shape[-1] == len(tokenizer)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["roberta", "deberta"])
 def test_they_have_learnt_to_fill_in_masked_tokens(family: str) -> None:

@@ -89,6 +89,7 @@ def test_build(tmp_path: Path, architecture: Architecture) -> None:
     assert other.model != world.model
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_old_classes_are_known(architecture: Architecture) -> None:

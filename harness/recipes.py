@@ -119,7 +119,7 @@ def locate(place: str | Path) -> tuple[Path, str | None]:
         try:
             return find(file), row
         except FileNotFoundError:
-            pass
+            return file, row  # whoever opens it says that it is not there
     return file, row
 
 

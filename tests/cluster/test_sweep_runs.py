@@ -57,7 +57,7 @@ def until(process: subprocess.Popen[str], sweep: Path, condition: Callable[[], b
         time.sleep(0.05)
 
 
-def no_process_is_left(folder: Path, seconds: float = 60.0) -> bool:
+def no_process_is_left(folder: Path, seconds: float = 180.0) -> bool:
     """Whether everything that works below ``folder`` ends in time."""
 
     def alive() -> list[int]:

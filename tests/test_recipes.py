@@ -232,8 +232,9 @@ def stand_in(path: Path, source: dict[str, Any]) -> None:
         columns = [source[key] for key in ("image", "prompt", "response") if source[key] is not None]
         path.write_text(json.dumps({column: "x" for column in columns}) + "\n")
     else:
-        (path / "cat").mkdir(parents=True, exist_ok=True)
-        (path / "cat/1.png").touch()
+        for name in ("cat", "dog"):
+            (path / name).mkdir(parents=True, exist_ok=True)
+            (path / name / "1.png").touch()
 
 
 # ---------------------------------------------------------------- against the papers

@@ -188,7 +188,10 @@ def _write_candidates(config: RunConfig, method: Method, run: RunDirectory, stag
             f"init: of {len(layers) * len(candidates)} layers {resumed} were there from an earlier attempt, "
             f"{cached} in the cache"
         )
-    sizes = [_size(layers, given, folder.init) for given, folder in zip(ranks, folders, strict=True)]
+    # Rank 0 alone says them; it may have published the files before another rank looked.
+    sizes = [
+        _size(layers, given, folder.init) if rank() == 0 else "" for given, folder in zip(ranks, folders, strict=True)
+    ]
     return [WrittenCandidate(*parts) for parts in zip(candidates, folders, sizes, strict=True)]
 
 

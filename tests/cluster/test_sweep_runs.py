@@ -102,7 +102,7 @@ def test_a_killed_sweep_goes_on(
         if number == 0:
             until(killed, sweep, lambda: any((cell / "checkpoints" / "step-6").exists() for cell in cells))
         else:
-            time.sleep(moments.uniform(0, 40))
+            time.sleep(moments.uniform(0, 12))  # so short that the sweep does not come to its end
         killed.kill()
         killed.wait()
         assert no_process_is_left(out)

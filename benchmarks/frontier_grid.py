@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.demo import tiny_config
+from harness.embedded import tiny_config
 from harness.files import read_json
 from harness.gang import quiet_libraries
 from harness.tiny import TinyWorld, build

@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from harness.demo import tiny_config
+from harness.embedded import tiny_config
 from harness.files import read_json, write_json
 from harness.gang import quiet_libraries
 from harness.tiny import build

@@ -163,7 +163,7 @@ class Stepper:
 
 def configuration(model: str, setup: str, folder: Path, steps: int) -> Any:
     """The demo's recipe on the tiny base, or on random weights of a 100-million-parameter Llama."""
-    from harness.demo import tiny_config
+    from harness.embedded import tiny_config
     from harness.tiny import build
 
     world = build()

@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from harness.analysis.figures import truncation_figure
 from harness.analysis.truncation import markdown, truncation
-from harness.demo import tiny_config
+from harness.embedded import tiny_config
 from harness.files import read_json, write_bytes, write_json, write_text
 from harness.tiny import TinyWorld, build
 

@@ -5,12 +5,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from harness.config import RunConfig, load_config
 from harness.console import say
+from harness.embedded import tiny_config
 from harness.reporting.report import summary_table, write_comparison
-from harness.resources import find
 from harness.run import run
-from harness.tiny import TinyWorld, build
+from harness.tiny import build
 
 # What differs between the three runs; everything else is launch/recipes/tiny.yaml.
 VARIANTS: dict[str, list[str]] = {
@@ -37,19 +36,6 @@ def demo(out: Path) -> None:
     console = Console()
     console.print(summary_table(directories))
     print_story(console, report, time.monotonic() - began)
-
-
-def tiny_config(world: TinyWorld, name: str, overrides: list[str], out: Path) -> RunConfig:
-    """The recipe with the world's places filled in and ``overrides`` applied."""
-    places = [
-        f"name={name}",
-        f"output_dir={out}",
-        f"model.path={world.model}",
-        f"data.train.path={world.train}",
-        f"data.preserve.path={world.preserve}",
-        f"eval.data_dir={world.data_dir}",
-    ]
-    return load_config(find("launch/recipes/tiny.yaml"), [*places, *overrides])
 
 
 def print_story(console: Console, report: Path, seconds: float) -> None:

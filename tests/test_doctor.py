@@ -93,4 +93,4 @@ def test_a_bare_machine_gets_the_commands(tmp_path: Path) -> None:
 def test_the_command_asks_for_the_version_that_the_harness_needs() -> None:
     command = doctor.install_command("lm_eval")
     assert command.startswith(f"{sys.executable} -m pip install ")
-    assert "'lm-eval[math]" in command
+    assert "'lm-eval[ifeval,math]<" in command

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.evaluation.visual_metrics import rotations
-from harness.tiny.visual_world import COLOURS, KINDS, PLACES, SHAPES, Scene, png, random_scene
+from harness.tiny.visual_world import COLOURS, KINDS, SHAPES, Scene, png, random_scene
 
 ITEMS = 20
 SIZE = 48
@@ -103,13 +103,14 @@ def mmbench(images: dict[str, Scene]) -> Rows:
             break
         images[path] = scene
         question, answer = scene.ask("position", draw)
-        options = draw.sample([answer, *draw.sample([place for place in PLACES if place != answer], 3)], 4)
+        others = [name for colour in COLOURS for shape in SHAPES if (name := f"{colour} {shape}") != answer]
+        options = draw.sample([answer, *draw.sample(others, 3)], 4)
         for turn, (turned, correct) in enumerate(rotations(options, options.index(answer))):
             rows.append(
                 {
                     "index": turn * 10**6 + i,
                     "question": question,
-                    "hint": "Rows are counted from the top." if i % 2 else None,
+                    "hint": "There are nine positions." if i % 2 else None,
                     "answer": "ABCD"[correct],
                     **dict(zip("ABCD", turned, strict=True)),
                     "category": "object_localization",

@@ -38,12 +38,19 @@ def connected(address: str) -> Iterator[None]:
     try:
         ray.init(address=place, **options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"cluster: {address}: {reason}; start one with `ray start --head`, {_ALLOWED}") from error
+        raise UserError(
+            f"cluster: {address}: {_reason(error)}; start one with `ray start --head`, {_ALLOWED}"
+        ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _reason(error: Exception) -> str:
+    """What Ray says, in one line; where that announces another process's traceback, its last line too."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0]} {lines[-1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
 def check_reachable(address: str) -> None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from harness.config import PositiveInt, RunConfig, Strict, nearest, read_mapping, resolve, validate
+from harness.embedded import EMBEDDED, embedded_config
 from harness.errors import UserError
 from harness.pipeline import REDONE_QUIETLY, STAGES, has_work, is_finished
 from harness.preflight import check
@@ -22,7 +23,6 @@ from harness.recipes import configuration, split_row
 from harness.resources import find
 from harness.run_directory import RunDirectory
 
-TINY = "tiny"  # as `base`: the demo's recipe over the embedded world
 CELLS = "cells"  # folder of the run directories, inside the sweep's own
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _FORBIDDEN = {
@@ -36,8 +36,9 @@ _Entries = list[dict[str, Any]]
 class SweepConfig(Strict):
     """A sweep. Its runs are all combinations of the entries of `list`, the values of `grid` and `seeds`, over `base`.
 
-    `base`: a run's YAML file, a configuration, or `tiny`. `name`: of each run; {label}, {seed} and {<key>} stand for
-    what differs. `baseline`: the label that the others are compared with. `parallel`: runs at the same time, at most.
+    `base`: a run's YAML file, a configuration, or an embedded world. `name`: of each run; {label}, {seed} and {<key>}
+    stand for what differs. `baseline`: the label that the others are compared with. `parallel`: runs at the same time,
+    at most.
     """
 
     base: str | dict[str, Any]
@@ -126,16 +127,15 @@ def _base(base: str | dict[str, Any], folder: Path) -> tuple[dict[str, Any], Pat
     """The configuration that cells change, and where its relative paths start."""
     if isinstance(base, dict):
         return base, folder
-    if base == TINY:
-        from harness.demo import tiny_config
-        from harness.tiny import build
-
-        return tiny_config(build(), "tiny", [], Path("runs")).model_dump(mode="json"), folder
+    if base in EMBEDDED:
+        return embedded_config(base, Path("runs")).model_dump(mode="json"), folder
     file, row = split_row(base)
     try:
         path = find(file, folder)
     except FileNotFoundError as error:
-        raise UserError(f"base: {error}; give a run's YAML file, or {TINY} for the embedded world") from error
+        raise UserError(
+            f"base: {error}; give a run's YAML file, or an embedded world: {', '.join(EMBEDDED)}"
+        ) from error
     return configuration(path if row is None else f"{path}:{row}"), path.parent
 
 

@@ -72,8 +72,8 @@ def diagonal_fisher(
 ) -> dict[str, torch.Tensor]:
     """The mean over sequences of the squared gradient of every trained weight, over all ranks' ``batches``.
 
-    Where all that is trained are A and B of linear layers, one backward pass serves a batch; other forms take one per
-    sequence.
+    Where all that is trained are A and B of linear layers that read tokens and nothing else, one backward pass serves a
+    batch; other forms take one per sequence.
 
     Args:
         batches: padded batches of this rank, as `collate` makes them.
@@ -87,9 +87,11 @@ def diagonal_fisher(
             token, or no row has a labelled token.
     """
     pairs = linear_pairs(model)
+    # DeBERTa's projections read its table of relative positions too, which counts in a weight's gradient.
+    more_than_tokens = getattr(model.config, "share_att_key", False)
     sums, sequences = (
         _diagonal_by_rows(model, batches, objective)
-        if pairs is None
+        if pairs is None or more_than_tokens
         else _diagonal_of_pairs(model, pairs, batches, objective)
     )
     counts = _reduced([*sums.values(), sequences])
@@ -235,6 +237,7 @@ def _one_pass(
     device = next(model.parameters()).device
     mask_BL = batch["attention_mask"].to(device).bool()
     seen: dict[str, dict[str, torch.Tensor]] = {name: {} for name in pairs}
+    called: set[tuple[str, str]] = set()
 
     def real(values: torch.Tensor, name: str) -> torch.Tensor:
         if values.numel() != mask_BL.numel() * values.shape[-1]:
@@ -247,6 +250,9 @@ def _one_pass(
         return values_BLD.to(_sum_dtype(values_BLD)).masked_fill(~mask_BL.unsqueeze(-1), 0.0)
 
     def at_output(name: str, side: str, given: torch.Tensor, output: torch.Tensor) -> None:
+        if (name, side) in called and len(given) == 1:  # a table for all sequences: relative positions are no tokens
+            return
+        called.add((name, side))
         seen[name]["x" if side == "A" else "a"] = given.detach()
         output.register_hook(lambda gradient: at_gradient(name, side, gradient))
 

@@ -1,8 +1,8 @@
 """A visual world: small images of coloured shapes, and questions about them with short answers.
 
 What stands in an image follows from a seed. Four kinds of question are *old*, the base model answers them: which shape,
-which colour, how many, and what stands in a place. One is *new*, the last the other way round: in which place something
-stands. A question is asked only where it has one answer.
+which colour, how many of a colour, and what stands in a position. One is *new* and takes two steps: how many things
+have the colour of a named shape. A question is asked only where it has one answer.
 """
 
 import io
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from harness.files import write_bytes, write_text
@@ -38,9 +39,10 @@ COLOURS = {
 }
 SIDE = 3  # an image is a grid of SIDE × SIDE places; each holds one thing or none
 PLACES = ("northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast")
-OLD_KINDS = ("shape", "colour", "count", "thing")
-NEW_KIND = "position"
+OLD_KINDS = ("shape", "colour", "count", "position")
+NEW_KIND = "same_colour"
 KINDS = (*OLD_KINDS, NEW_KIND)
+SUITE = "visual_world"
 MOST = 3  # the highest count that is asked for
 
 _SUBJECTS = ("The school", "The old well", "My house", "The market", "A small garden", "The bridge", "The tower")
@@ -112,16 +114,13 @@ class Scene:
             return [(f"What shape is the {t.colour} thing?", t.shape) for t in self.things if colours[t.colour] == 1]
         if kind == "colour":
             return [(f"What colour is the {t.shape}?", t.colour) for t in self.things if shapes[t.shape] == 1]
-        if kind == "thing":
-            return [(f"What is in the {PLACES[t.place]}?", f"{t.colour} {t.shape}") for t in self.things]
         if kind == "position":
-            named = [(f"the {t.shape}", t) for t in self.things if shapes[t.shape] == 1]
-            named += [(f"the {t.colour} thing", t) for t in self.things if colours[t.colour] == 1]
-            return [(f"Where is {name}?", PLACES[thing.place]) for name, thing in named]
+            return [(f"What is in the {PLACES[t.place]}?", f"{t.colour} {t.shape}") for t in self.things]
+        if kind == "same_colour":
+            named = [thing for thing in self.things if shapes[thing.shape] == 1]
+            return [(f"How many things have the colour of the {t.shape}?", str(colours[t.colour])) for t in named]
         assert kind == "count", kind
-        counts = [(f"How many {plural(shape)} are there?", shapes[shape]) for shape in SHAPES]
-        counts += [(f"How many {colour} things are there?", colours[colour]) for colour in COLOURS]
-        return [(question, str(count)) for question, count in counts]
+        return [(f"How many {colour} things are there?", str(colours[colour])) for colour in COLOURS]
 
     def ask(self, kind: str, draw: random.Random) -> tuple[str, str]:
         """One question of ``kind`` and its answer; every answer that is possible here is equally likely."""
@@ -133,22 +132,16 @@ class Scene:
 def random_scene(draw: random.Random) -> Scene:
     """A scene of which every kind of question can be asked.
 
-    Two to MOST things share a shape or a colour, so that high counts are not rare; one to three more have another.
+    Two to MOST things share a colour, so that high counts are not rare; one to three more have others.
     """
+    names = list(SHAPES), list(COLOURS)
     while True:
-        attribute = draw.randrange(2)
-        names = (list(SHAPES), list(COLOURS))
-        shared = draw.choice(names[attribute])
-        pairs = []
-        for i in range(crowd := draw.randint(2, MOST)):
-            pairs.append([draw.choice(names[0]), draw.choice(names[1])])
-            pairs[i][attribute] = shared
-        others = [name for name in names[attribute] if name != shared]
-        for i in range(draw.randint(1, 3)):
-            pairs.append([draw.choice(names[0]), draw.choice(names[1])])
-            pairs[crowd + i][attribute] = draw.choice(others)
-        counts = [Counter(pair[i] for pair in pairs) for i in range(2)]
-        if all(1 in count.values() and max(count.values()) <= MOST for count in counts):
+        shared = draw.choice(names[1])
+        others = [colour for colour in names[1] if colour != shared]
+        pairs = [(draw.choice(names[0]), shared) for _ in range(draw.randint(2, MOST))]
+        pairs += [(draw.choice(names[0]), draw.choice(others)) for _ in range(draw.randint(1, 3))]
+        shapes, colours = (Counter(values) for values in zip(*pairs, strict=True))
+        if 1 in shapes.values() and 1 in colours.values():
             break
     places = draw.sample(range(SIDE * SIDE), len(pairs))
     things = [
@@ -165,13 +158,8 @@ def random_scene(draw: random.Random) -> Scene:
     return Scene(tuple(things), ground=draw.randint(0, 80))
 
 
-def plural(shape: str) -> str:
-    """``crosses`` of ``cross``."""
-    return f"{shape}es" if shape.endswith("s") else f"{shape}s"
-
-
 def sentence(draw: random.Random) -> str:
-    """A sentence without an image. It names places, so that their words are known before positions are asked for."""
+    """A sentence without an image."""
     return f"{draw.choice(_SUBJECTS)} {draw.choice(_VERBS)} {draw.choice(PLACES)} {draw.choice(_ENDS)}"
 
 
@@ -181,11 +169,9 @@ def vocabulary_text() -> list[str]:
     questions = [
         *(f"What shape is the {colour} thing?" for colour in COLOURS),
         *(f"What colour is the {shape}?" for shape in SHAPES),
-        *(f"How many {plural(shape)} are there?" for shape in SHAPES),
         *(f"How many {colour} things are there?" for colour in COLOURS),
         *(f"What is in the {place}?" for place in PLACES),
-        *(f"Where is the {shape}?" for shape in SHAPES),
-        *(f"Where is the {colour} thing?" for colour in COLOURS),
+        *(f"How many things have the colour of the {shape}?" for shape in SHAPES),
     ]
     longest = max(map(len, (_SUBJECTS, _VERBS, _ENDS)))
     parts = [(words * ceil(longest / len(words)))[:longest] for words in (_SUBJECTS, _VERBS, _ENDS)]
@@ -213,6 +199,7 @@ def write_world(folder: Path, options: VisualWorldOptions = VisualWorldOptions()
 
     ``images/<split>/<number>.png``; ``<kind>_<split>.jsonl`` with the columns ``image`` (a path from ``folder``),
     ``question``, ``answer`` and ``kind``; ``old_<split>.jsonl``, the rows of all old kinds, image by image.
+    ``suite.yaml``: the test files as evaluation tasks, ``visual_<kind>``, for ``eval.include_path``.
     """
     written = {}
     for split, count in (("train", options.train), ("test", options.test)):
@@ -228,7 +215,22 @@ def write_world(folder: Path, options: VisualWorldOptions = VisualWorldOptions()
         for name, content in {**rows, "old": old}.items():
             write_text(folder / f"{name}_{split}.jsonl", "".join(json.dumps(row) + "\n" for row in content))
             written[f"{name}_{split}"] = len(content)
+    write_text(folder / "suite.yaml", yaml.safe_dump(_suite(), sort_keys=False))
     return written
+
+
+def _suite() -> dict[str, Any]:
+    """The test files as a suite (`harness.evaluation.suites`)."""
+    tasks = [
+        {
+            "task": f"visual_{kind}",
+            "columns": {"image": "image", "prompt": "question", "response": "answer"},
+            "metrics": ["exact_match"],
+            "data": {"test": f"{kind}_test"},
+        }
+        for kind in KINDS
+    ]
+    return {"suite": SUITE, "kind": "visual", "description": "Questions about the visual world.", "tasks": tasks}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

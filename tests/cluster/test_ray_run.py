@@ -1,5 +1,6 @@
 """Runs on a real three-node cluster: what they compute, where their processes are, what is refused."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -100,6 +101,7 @@ def test_through_ray_client(cluster_config: dict[str, Any], configured: Configur
                 *(sys.executable, "-m", "ray.util.client.server", "--host", "127.0.0.1", "--port", str(port)),
                 *("--address", cluster.address, "--mode", "proxy"),
             ],
+            env={**os.environ, "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "180"},  # 30 is little on a busy machine
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

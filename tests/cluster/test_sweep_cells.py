@@ -104,7 +104,7 @@ def test_entries_of_lists_can_be_varied(write_sweep: Any, base_config: dict[str,
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"base": "absent.yaml"}, r"base: absent.yaml: not found.*tiny for the embedded world"),
+        ({"base": "absent.yaml"}, r"base: absent.yaml: not found.*tiny, tiny-visual"),
         ({"grids": {}}, r"grids: unknown key .*did you mean 'grid'"),
         ({"grid": {"method.rank": []}}, r"grid.method.rank: no values given"),
         ({"grid": {"method.rank": 4}}, r"grid.method.rank: 4 given; allowed: a list"),

@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
 from harness import preflight
+from harness.adapters.lora import attach_lora, load_factors
 from harness.config import RunConfig, SourceConfig, load_config
 from harness.data.collation import collate
 from harness.data.tokenisation import IGNORED, Row
 from harness.errors import UserError
 from harness.files import read_json
+from harness.methods.base import LowRank
 from harness.methods.registry import build_method
 from harness.models.calling import arguments
 from harness.models.loading import load_model
@@ -29,6 +31,7 @@ from harness.models.weights import BaseWeights, empty_model
 from harness.pipeline import run_stages
 from harness.run_directory import RunDirectory
 from harness.stages.train import build_model
+from harness.statistics.adapter_curvature import diagonal_fisher, kronecker_factors, linear_pairs, trained_weights
 from harness.statistics.loss import Labels
 from harness.statistics.reduction import Reduction
 from harness.statistics.resident import collect_resident
@@ -443,6 +446,48 @@ def test_relative_positions_are_no_tokens_even_where_they_are_as_many(
         assert largest_error(collected(config, rows, 2), expected) <= BOUND
         inputs = {key: right for key, right in expected.items() if key[0] == "input_covariance"}
         assert largest_error(collected(config, rows, 2, ("input_covariance",)), inputs) <= BOUND
+
+
+def test_curvature_of_an_adapter_whose_layers_read_relative_positions(
+    bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Positions count in a weight's gradient, so in the diagonal; they are no tokens of the Kronecker factors."""
+    config = run_config(tmp_path, bases("deberta"), "masked_lm")
+    task, base = load_task(config), load_model(config.model)
+    rows = task.rows([Texts(text) for text in sentences(5)])
+    generator = torch.Generator().manual_seed(0)
+    factors = {
+        name: LowRank(
+            0.2 * torch.randn(layer.out_features, 3, generator=generator),
+            0.2 * torch.randn(3, layer.in_features, generator=generator),
+            1.5,
+        )
+        for name, layer in adapted_modules(base, config.model).items()
+    }
+    model = attach_lora(base, dict.fromkeys(factors, 3), 1.5)
+    load_factors(model, factors)
+    model = model.double().eval()
+    weights = trained_weights(model)
+    squares, tokens, layer = dict.fromkeys(weights, 0.0), [], next(name for name in factors if "key_proj" in name)
+    pair = linear_pairs(model)[layer]
+    handle = pair.A.register_forward_hook(lambda _, inputs, output: tokens.append((inputs[0], output)))
+    for row in rows:
+        logits = model(**row_inputs(row)).logits[0].log_softmax(-1)
+        labelled = [(place, token) for place, token in enumerate(row.labels) if token != IGNORED]
+        gradients = torch.autograd.grad(sum(logits[place, token] for place, token in labelled), list(weights.values()))
+        for name, gradient in zip(weights, gradients, strict=True):
+            squares[name] += gradient.square() / len(rows)
+    handle.remove()
+    batches = [collate(rows[i : i + 2], task.pad_id) for i in range(0, len(rows), 2)]
+    found = diagonal_fisher(model, batches, task.objective)
+    assert found.keys() == squares.keys()
+    assert max(float((found[name] - right).norm() / right.norm()) for name, right in squares.items()) <= 1e-6
+    made = kronecker_factors(model, {layer: pair}, {layer: layer}, batches, cross=False, objective=task.objective)
+    # Of each row's two passes through the layer, the first is its tokens and the second the table.
+    for factor, which in (("A00", 0), ("A11", 1)):
+        read = torch.cat([call[which][0] for call in tokens[::2]])
+        assert len(read) == sum(len(row.input_ids) for row in rows)
+        assert torch.allclose(made[factor][layer], read.T @ read / len(read), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(

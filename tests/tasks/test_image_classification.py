@@ -83,7 +83,8 @@ def headed(config: RunConfig) -> RunConfig:
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-300))
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-300))
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from harness.data.sampling import seed_for
 from harness.data.sources import read_examples
 from harness.data.tokenisation import IGNORED, Row
 from harness.errors import UserError
-from harness.files import write_text
+from harness.files import write_jsonl, write_text
 from harness.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _answer_blocks(config: RunConfig, prompts: list[str], blocks: list[tuple[int
         for start, part in progress(blocks, "answers"):
             own = prompts[start : start + BLOCK_ROWS]
             lines = _answer(engine, own, start, options, config.data.max_length, seed, tokenizer)
-            write_text(part, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            write_jsonl(part, lines)
     say(f"answers: {len(prompts)} prompts of data.preserve, answered by {config.model.path}")
 
 

@@ -4,20 +4,14 @@ It stands where a real base model and real data would stand: in the demo and in 
 treats it like any other Hugging Face folder and JSONL files.
 """
 
-import fcntl
-import hashlib
-import json
-import shutil
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.console import say
-from harness.files import publish_directory, read_json, write_json, write_text
-from harness.run_directory import cache_directory
+from harness.files import read_json, write_json, write_jsonl
+from harness.tiny.kept import kept_folder
 from harness.tiny.options import PretrainOptions, TinyOptions, small_options
 from harness.tiny.skill import SkillOptions, reverse_items
 from harness.tiny.world import World, WorldOptions
@@ -65,16 +59,8 @@ def build(cache: Path | None = None, options: TinyOptions = DEFAULT) -> TinyWorl
         cache: folder of all worlds; by default ``$PALIMPSEST_CACHE`` or ``~/.cache/palimpsest``.
         options: what to build.
     """
-    root = cache or cache_directory()
-    content = json.dumps({"format": FORMAT, **asdict(options)}, sort_keys=True)
-    folder = root / f"tiny-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
-    if not folder.exists():
-        with _lock(root / f".{folder.name}.lock"):
-            if not folder.exists():
-                staging = root / f".{folder.name}.staging"
-                shutil.rmtree(staging, ignore_errors=True)  # left by a build that was killed
-                _write_world(staging, options)
-                publish_directory(staging, folder)
+    content = {"format": FORMAT, **asdict(options)}
+    folder = kept_folder("tiny", content, lambda staging: _write_world(staging, options), cache)
     return TinyWorld(
         model=folder / "model",
         train=folder / "reverse_train.jsonl",
@@ -96,10 +82,10 @@ def _write_world(folder: Path, options: TinyOptions) -> None:
         "facts_heldout": [{"prompt": fact.question, "answer": fact.answer} for fact in world.heldout],
         "reverse_test": [{"prompt": item["prompt"], "answer": item["response"].strip()} for item in test],
     }
-    _write_jsonl(folder / "reverse_train.jsonl", train)
-    _write_jsonl(folder / "fact_questions.jsonl", ({"question": fact.question} for fact in world.asked))
+    write_jsonl(folder / "reverse_train.jsonl", train)
+    write_jsonl(folder / "fact_questions.jsonl", ({"question": fact.question} for fact in world.asked))
     for name, items in evaluation.items():
-        _write_jsonl(folder / "eval" / f"{name}.jsonl", items)
+        write_jsonl(folder / "eval" / f"{name}.jsonl", items)
 
     say(f"building the embedded world: {options.world.facts} facts, once")
     skill_texts = [item["prompt"] + item["response"] for item in train]
@@ -119,15 +105,3 @@ def _write_world(folder: Path, options: TinyOptions) -> None:
         "seconds": round(time.monotonic() - started, 1),
     }
     write_json(folder / "info.json", info)
-
-
-def _write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -6,10 +6,7 @@ answers a question (two texts), how much of a text is about people (a number fro
 sentences, some of which are not there (SQuAD's form). And sentences that are to be kept.
 """
 
-import hashlib
-import json
 import random
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.console import progress, say
-from harness.files import publish_directory, read_json, write_json
-from harness.run_directory import cache_directory
-from harness.tiny import _lock, _write_jsonl
+from harness.files import read_json, write_json, write_jsonl
+from harness.tiny.kept import kept_folder
 from harness.tiny.world import Fact, World, WorldOptions, generic_sentence
 
 if TYPE_CHECKING:
@@ -93,16 +89,9 @@ def build_encoder(family: Family, cache: Path | None = None, options: EncoderOpt
     Args:
         cache: folder of all worlds; by default ``$PALIMPSEST_CACHE`` or ``~/.cache/palimpsest``.
     """
-    root, options = cache or cache_directory(), options or EncoderOptions()
-    content = json.dumps({"format": FORMAT, "family": family, **asdict(options)}, sort_keys=True)
-    folder = root / f"tiny-{family}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
-    if not folder.exists():
-        with _lock(root / f".{folder.name}.lock"):
-            if not folder.exists():
-                staging = root / f".{folder.name}.staging"
-                shutil.rmtree(staging, ignore_errors=True)  # left by a build that was killed
-                _write(staging, family, options)
-                publish_directory(staging, folder)
+    options = options or EncoderOptions()
+    content = {"format": FORMAT, "family": family, **asdict(options)}
+    folder = kept_folder(f"tiny-{family}", content, lambda staging: _write(staging, family, options), cache)
     return TinyEncoder(folder / "model", folder / "data", read_json(folder / "info.json"))
 
 
@@ -115,7 +104,7 @@ def _write(folder: Path, family: Family, options: EncoderOptions) -> None:
     world = World(options.world)
     counts = {}
     for name, rows in data_sets(world, options).items():
-        _write_jsonl(folder / "data" / f"{name}.jsonl", rows)
+        write_jsonl(folder / "data" / f"{name}.jsonl", rows)
         counts[name] = len(rows)
     say(f"building a small {family}, once")
     tokenizer = train_tokenizer(family, [*world.sample_text(), *(fact.question for fact in world.facts)], options)

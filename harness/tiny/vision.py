@@ -5,10 +5,7 @@ from random weights and on images drawn for the purpose, to know the old classes
 their colours are known, their forms are not.
 """
 
-import hashlib
-import json
 import random
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -31,9 +28,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from harness.console import progress, say
-from harness.files import publish_directory, read_json, write_json
-from harness.run_directory import cache_directory
-from harness.tiny import _lock
+from harness.files import read_json, write_json
+from harness.tiny.kept import kept_folder
 from harness.tiny.visual_world import COLOURS, SHAPES, png
 from harness.training.distributed import name_accelerator
 
@@ -115,16 +111,8 @@ def build_vision(options: VisionOptions, cache: Path | None = None) -> VisionWor
         options: what to build.
         cache: folder of all worlds; by default ``$PALIMPSEST_CACHE`` or ``~/.cache/palimpsest``.
     """
-    root = cache or cache_directory()
-    content = json.dumps({"format": FORMAT, **asdict(options)}, sort_keys=True)
-    folder = root / f"tiny-vision-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
-    if not folder.exists():
-        with _lock(root / f".{folder.name}.lock"):
-            if not folder.exists():
-                staging = root / f".{folder.name}.staging"
-                shutil.rmtree(staging, ignore_errors=True)
-                _write(staging, options)
-                publish_directory(staging, folder)
+    content = {"format": FORMAT, **asdict(options)}
+    folder = kept_folder("tiny-vision", content, lambda staging: _write(staging, options), cache)
     folders = (folder / "data" / name for name in ("old_train", "old_test", "new_train", "new_test"))
     return VisionWorld(folder / "model", *folders, info=read_json(folder / "info.json"))
 

@@ -7,10 +7,7 @@ before; then projector and Llama learn the old kinds of question, and sentences 
 question is never seen.
 """
 
-import hashlib
-import json
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,9 +30,8 @@ from transformers import (
 )
 
 from harness.console import progress, say
-from harness.files import publish_directory, read_json, write_json
-from harness.run_directory import cache_directory
-from harness.tiny import _lock
+from harness.files import read_json, write_json
+from harness.tiny.kept import kept_folder
 from harness.tiny.pretrain import save
 from harness.tiny.tokenizer import train_tokenizer
 from harness.tiny.visual_world import (
@@ -160,16 +156,8 @@ def build_visual(cache: Path | None = None, options: VisualOptions = VisualOptio
         cache: folder of all worlds; by default ``$PALIMPSEST_CACHE`` or ``~/.cache/palimpsest``.
         options: what to build.
     """
-    root = cache or cache_directory()
-    content = json.dumps({"format": FORMAT, **asdict(options)}, sort_keys=True)
-    folder = root / f"tiny-visual-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
-    if not folder.exists():
-        with _lock(root / f".{folder.name}.lock"):
-            if not folder.exists():
-                staging = root / f".{folder.name}.staging"
-                shutil.rmtree(staging, ignore_errors=True)
-                _write(staging, options)
-                publish_directory(staging, folder)
+    content = {"format": FORMAT, **asdict(options)}
+    folder = kept_folder("tiny-visual", content, lambda staging: _write(staging, options), cache)
     data = folder / "data"
     return VisualWorld(
         model=folder / "model",

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from harness.files import write_bytes, write_text
+from harness.files import write_bytes, write_jsonl, write_text
 
 # A shape is where a point at (x, y) from its middle, in units of its radius, belongs to it; y points down.
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -213,7 +213,7 @@ def write_world(folder: Path, options: VisualWorldOptions = VisualWorldOptions()
                 rows[kind].append({"image": image, "question": question, "answer": answer, "kind": kind})
         old = [row for of_image in zip(*(rows[kind] for kind in OLD_KINDS), strict=True) for row in of_image]
         for name, content in {**rows, "old": old}.items():
-            write_text(folder / f"{name}_{split}.jsonl", "".join(json.dumps(row) + "\n" for row in content))
+            write_jsonl(folder / f"{name}_{split}.jsonl", content)
             written[f"{name}_{split}"] = len(content)
     write_text(folder / "suite.yaml", yaml.safe_dump(_suite(), sort_keys=False))
     return written

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from harness.data.tokenisation import Row
-from harness.files import write_text
+from harness.files import write_jsonl
 from harness.methods.base import Method
 from harness.tasks.base import Task
 from harness.training.preserve import token_means
@@ -76,7 +76,7 @@ class MetricsWriter(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         kept = [] if state.global_step == 0 else read_metrics(self._path, state.global_step)
-        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_jsonl(self._path, kept)
         self._offset = max((line["seconds"] for line in kept), default=0.0)
         self._start = time.monotonic()
 

@@ -23,8 +23,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = str(REPOSITORY / "launch" / "train.py")
 KEPT = () if os.environ.get("PALIMPSEST_TESTS_NEW_GANGS") == "1" else (1, 2)  # numbers of ranks
 POLL_SECONDS = 0.01
-# How often tests of faults kill something. Three in a row show that nothing is lost; ten are for those with more time.
-KILLS = int(os.environ.get("PALIMPSEST_TESTS_KILLS", "3"))
+# How often tests of faults kill something: a second kill hits what the first one left. Ten: with more time.
+KILLS = int(os.environ.get("PALIMPSEST_TESTS_KILLS", "2"))
 
 
 def start_command(ranks: int, *program: str) -> list[str]:

@@ -115,8 +115,11 @@ def test_the_driver_is_killed(fault_config: dict[str, Any], configured: Configur
     assert_equal_runs(runs, "undisturbed", "killed")
 
 
-def test_the_head_is_killed(fault_config: dict[str, Any], configured: Configured, tmp_path: Path) -> None:
+def test_the_head_is_killed(
+    fault_config: dict[str, Any], configured: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole cluster goes with its head; a new one takes the run up."""
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "10")  # Ray gives a lost head a minute
     fault_config["train"] |= {"max_steps": 48}
     runs, config = tmp_path / "runs", configured(fault_config, "killed")
     with cluster_of([TRAINING, TRAINING]) as cluster:

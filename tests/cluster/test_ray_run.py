@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +133,10 @@ def test_unreachable_clusters(cluster_config: dict[str, Any], configured: Config
     config = configured(cluster_config, "nowhere")
     with socket.create_server(("127.0.0.1", 0)) as listener:  # something that is not Ray
         not_ray = f"127.0.0.1:{listener.getsockname()[1]}"
-        for address in ("127.0.0.1:1", not_ray, f"ray://{not_ray}"):
-            assert f"cluster: {address}: no Ray there" in run_refused(config, address)
+        addresses = ("127.0.0.1:1", not_ray, f"ray://{not_ray}")
+        with ThreadPoolExecutor() as at_once:
+            for address, line in zip(addresses, at_once.map(partial(run_refused, config), addresses), strict=True):
+                assert f"cluster: {address}: no Ray there" in line
     assert "allowed: local, auto, host:port" in run_refused(config, "head")
 
 

@@ -728,6 +728,26 @@ def test_exports_of_other_forms(family: str, task: str, blocks: dict[str, Any], 
     assert [model["name"] for model in read_json(run.results)["models"]] == ["base", "final"]
 
 
+@pytest.mark.slow
+def test_numbers_to_be_learned_are_not_rounded(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """bfloat16 has 300 and 302, and nothing between; what the head says at first is less than 0.4 from 0."""
+    rows = [row | {"number": 301.0} for row in rows_of("regression", 8)]
+    write_rows(tmp_path / "odd.jsonl", rows)
+    config = run_config(
+        tmp_path,
+        bases("roberta"),
+        "regression",
+        model={"dtype": "bfloat16"},
+        data={"train": {"path": str(tmp_path / "odd.jsonl"), **columns("regression")}},
+        train={"max_steps": 1, "batch_size": 8, "log_steps": 1},
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(config.dump())
+    run_gang(path, 1)
+    line = json.loads(RunDirectory(config.run_directory).metrics.read_text().splitlines()[0])
+    assert line["loss"] ** 0.5 == pytest.approx(301.0, abs=0.4)
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_killed_and_resumed(tmp_path: Path) -> None:

@@ -302,6 +302,12 @@ def _check_penalties(config: RunConfig, method: type[Method]) -> None:
                 f"{penalty}: as configured it is for adapters that train A and B of linear layers alone, and "
                 f"method {name!r} trains more; allowed over it: curvature: diag"
             )
+        if needs.pair_alone and (config.model.modules_to_save or config.model.projector != "frozen"):
+            more = "modules_to_save" if config.model.modules_to_save else f"projector: {config.model.projector}"
+            raise UserError(
+                f"{penalty}: as configured it is for adapters of layers that read tokens, and nothing else that is "
+                f"trained; model.{more} given; allowed beside it: curvature: diag"
+            )
         if (needs.preserve or needs.answers) and config.data.preserve is None:
             raise UserError(f"data.preserve: missing; {penalty} needs prompts to preserve")
 

@@ -30,6 +30,7 @@ from harness.data.collation import LABELS, Batch, size_of
 from harness.errors import UserError
 from harness.models.calling import arguments
 from harness.models.freezing import gradients_of_activations
+from harness.models.targets import reads_images
 from harness.tasks.objectives import NEXT_TOKEN, Objective
 
 FACTORS = ("A00", "G11", "A11", "G22", "A01", "G12")
@@ -67,16 +68,27 @@ def linear_pairs(model: nn.Module) -> dict[str, LinearPair] | None:
     return None if others or not pairs else pairs
 
 
+def goes_by_rows(model: nn.Module) -> bool:
+    """Whether the diagonal takes a backward pass for every sequence.
+
+    It does unless all that is trained are A and B of linear layers that read tokens and nothing else. DeBERTa's
+    projections read its table of relative positions too, which counts in a weight's gradient, and a projector's rows
+    are those of all images of a batch.
+    """
+    pairs = linear_pairs(model)
+    return pairs is None or getattr(model.config, "share_att_key", False) or any(map(reads_images, pairs))
+
+
 def diagonal_fisher(
     model: nn.Module, batches: Iterable[Batch], objective: Objective = NEXT_TOKEN
 ) -> dict[str, torch.Tensor]:
     """The mean over sequences of the squared gradient of every trained weight, over all ranks' ``batches``.
 
-    Where all that is trained are A and B of linear layers that read tokens and nothing else, one backward pass serves a
-    batch; other forms take one per sequence.
+    One backward pass serves a batch; where `goes_by_rows` says so, a sequence.
 
     Args:
-        batches: padded batches of this rank, as `collate` makes them.
+        batches: padded batches of this rank, as `collate` makes them; of one row each where a row has images and
+            `goes_by_rows` says so.
 
     Returns:
         saved name → (shape of the weight), in fp32 at least. Weights whose gradient is zero because B is are left out.
@@ -86,13 +98,10 @@ def diagonal_fisher(
         UserError: a gradient is NaN or inf (the message names layer and batch), a layer does not read one row per
             token, or no row has a labelled token.
     """
-    pairs = linear_pairs(model)
-    # DeBERTa's projections read its table of relative positions too, which counts in a weight's gradient.
-    more_than_tokens = getattr(model.config, "share_att_key", False)
     sums, sequences = (
         _diagonal_by_rows(model, batches, objective)
-        if pairs is None or more_than_tokens
-        else _diagonal_of_pairs(model, pairs, batches, objective)
+        if goes_by_rows(model)
+        else _diagonal_of_pairs(model, linear_pairs(model) or {}, batches, objective)
     )
     counts = _reduced([*sums.values(), sequences])
     return {name: total / counts for name, total in sums.items()}
@@ -201,8 +210,12 @@ def _diagonal_by_rows(
     sums = {name: torch.zeros(w.shape, dtype=_sum_dtype(w), device=w.device) for name, w in weights.items()}
     sequences = torch.zeros(1, dtype=torch.float64, device=next(model.parameters()).device)
     for number, batch in enumerate(batches):
-        for row in range(size_of(batch)):
-            one = {key: value[row : row + 1] for key, value in batch.items()}
+        rows = size_of(batch)
+        tokens = batch.get("input_ids")
+        if rows > 1 and tokens is not None and any(batch[n].shape != tokens.shape for n in batch.keys() - {LABELS}):
+            raise ValueError("rows with images are not told apart in a batch; give batches of one row")
+        for row in range(rows):
+            one = batch if rows == 1 else {key: value[row : row + 1] for key, value in batch.items()}
             if not objective.counted(one[LABELS]).any():
                 continue
             loss = _negative_log_likelihood(model, one, objective)

@@ -123,17 +123,19 @@ class LALoRA(Penalty):
             raise UserError(f"{key}: no sampled row has a labelled token; check its columns and data.max_length")
         yield from sorted(useful, key=lambda row: len(row.input_ids))
 
-    def _batches(self, rows: Sequence[Row]) -> list[Batch]:
-        """This rank's batches."""
-        mine = share([rows[start : start + BATCH_ROWS] for start in range(0, len(rows), BATCH_ROWS)])
-        return [collate(batch, self.setup.pad_id) for batch in mine]
+    def _batches(self, rows: Sequence[Row], size: int = BATCH_ROWS) -> Iterator[Batch]:
+        """This rank's batches of ``size`` rows, made one after the other: images are opened with their batch."""
+        for batch in share([rows[start : start + size] for start in range(0, len(rows), size)]):
+            yield collate(batch, self.setup.pad_id)
 
     def _diagonal(self, preparation: Preparation, sources: Sequence[Sequence[Row]]) -> dict[str, torch.Tensor]:
-        from harness.statistics.adapter_curvature import diagonal_fisher
+        from harness.statistics.adapter_curvature import diagonal_fisher, goes_by_rows
 
+        model = preparation.model
+        size = 1 if goes_by_rows(model) else BATCH_ROWS
         total: dict[str, torch.Tensor] = {}
         for rows in sources:
-            found = diagonal_fisher(preparation.model, self._batches(rows), preparation.task.objective)
+            found = diagonal_fisher(model, self._batches(rows, size), preparation.task.objective)
             for name, block in found.items():
                 total[f"D/{name}"] = total[f"D/{name}"] + block if f"D/{name}" in total else block
         return total

@@ -52,8 +52,8 @@ def check_inputs(config: RunConfig) -> None:
         sources |= {f"penalties.{i}.sources.{j}": source for j, source in enumerate(own)}
     for key, source in sources.items():
         if source is not None:
-            task_class(config.task)(config).check(key, source)
             _check_source(key, source)
+            task_class(config.task)(config).check(key, source)
 
 
 def _check_model(config: RunConfig) -> None:

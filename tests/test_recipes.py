@@ -75,6 +75,11 @@ SAID: dict[tuple[str, str], tuple[float, int | None, float | None, int, float]] 
     ("fclora/squad_deberta", "squad-v1-r4-fclora"): (1e-3, 4, 1e-2, 16, 10),
     ("fclora/squad_deberta", "squad-v2-r2-fclora"): (2e-3, 2, 5e-2, 16, 12),
     ("fclora/squad_deberta", "squad-v2-r8-fclora"): (3e-3, 8, 5e-1, 16, 12),
+    ("fclora/forgetting_curves", "mrpc-fclora"): (4e-4, 8, 1e-2, 16, 30),
+    ("fclora/forgetting_openwebtext", "sst2-fclora"): (5e-4, 8, 1e-1, 32, 24),
+    ("fclora/forgetting_methods", "mrpc-fclora-r64"): (4e-4, 64, 1e-2, 16, 30),
+    ("fclora/forgetting_methods", "stsb-fclora-r16"): (4e-4, 16, 1e-1, 32, 25),
+    ("fclora/forgetting_methods", "stsb-sorsa"): (4e-4, 8, None, 32, 25),
     ("fclora/commonsense", "llama-7b-fclora"): (2e-4, 32, 5e-1, 16, 3),
     ("fclora/commonsense", "llama2-7b-fclora"): (3e-4, 32, 1e-2, 16, 3),
     # LALoRA, Table 2
@@ -94,6 +99,8 @@ FCLORA = {
     ("glue_roberta", "mrpc"): (2, "singular"),
     ("glue_roberta", "qqp"): (1, "zero_gaussian"),
     ("glue_roberta", "rte"): (4, "zero_gaussian"),
+    ("forgetting_methods", "stsb"): (1, "zero_gaussian"),
+    ("forgetting_openwebtext", "mrpc"): (2, "singular"),
     ("glue_deberta_r8", "mnli"): (3, "zero_gaussian"),
     ("glue_deberta_r8", "qqp"): (1, "zero_gaussian"),
     ("glue_deberta_r2", "mrpc"): (2, "zero_gaussian"),
@@ -191,7 +198,7 @@ def test_every_paper_has_its_main_tables() -> None:
         tables.setdefault(recipe.about.paper, set()).add(row.table.split(" (")[0])
     assert tables["CorDA++"] >= {f"Table {n}" for n in ("I", "II", "III", "IV", "V", "VI", "VII")} | {"Fig. 7"}
     assert tables["FARSS"] >= {f"Table {n}" for n in (2, 3, 4, 6, 10, 11, 12)}
-    assert tables["FCLoRA"] >= {f"Table {n}" for n in (1, 2, 3, 4, 5)}
+    assert tables["FCLoRA"] >= {f"Table {n}" for n in (1, 2, 3, 4, 5, 15, 16, 17)} | {"Fig. 3"}
     assert tables["LALoRA"] >= {"Table 1", "Table 3", "Fig. 3"}
     assert tables["FLoRA"] >= {"Table 3", "Table 4", "Table 7", "Table 8", "after Table 1"}
 
@@ -280,13 +287,14 @@ def test_corda_plus_plus_settings() -> None:
 
 
 def test_encoders_are_scored_by_the_suite_of_their_task() -> None:
-    """GLUE's and SQuAD's metrics; for Table 5 of FCLoRA also what is left of masked-language modelling."""
+    """GLUE's and SQuAD's metrics; where FCLoRA shows what is forgotten also what is left of the pre-training task."""
     for recipe, row, config in every_row():
         if config.task in ("sequence_classification", "regression", "question_answering"):
             assert row is not None and config.eval.task == [config.data.train.subset or row.name[:8].replace("-", "_")]
             assert config.task == "regression" or config.data.train.subset != "stsb"
-            retained = recipe.file.stem == "ablation_roberta"
+            retained = recipe.file.stem.startswith(("ablation_roberta", "forgetting_"))
             assert config.eval.knowledge == (["preserve"] if retained else [])
+            assert config.eval.checkpoints == (row.table == "Fig. 3")
 
 
 def test_lalora_sources() -> None:

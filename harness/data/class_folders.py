@@ -5,11 +5,16 @@ from pathlib import Path
 from harness.config import SourceConfig
 from harness.errors import UserError
 
+_DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
+
 
 def is_class_folder(source: SourceConfig) -> bool:
-    """Whether a source is a folder with images in sub-folders; a folder of data files has none, and names a column."""
+    """Whether a source is a folder with images in sub-folders, and without data files of its own.
+
+    Beside data files the sub-folders hold what a column of these names.
+    """
     path = Path(source.path)
-    if not path.is_dir():
+    if not path.is_dir() or data_files(path):
         return False
     return source.image is None or any(images_in(folder) for folder in _sub_folders(path))
 
@@ -52,6 +57,15 @@ def images_in(folder: Path) -> list[Path]:
 
     suffixes = Image.registered_extensions()
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes and file.name[0] != ".")
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The data files directly in ``folder``, by their names; none where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        f for f in folder.iterdir() if f.suffix.lower() in _DATA_SUFFIXES and f.name[0] != "." and f.is_file()
+    )
 
 
 def _sub_folders(path: Path) -> list[Path]:

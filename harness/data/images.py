@@ -1,13 +1,18 @@
 """The images of a data set: where they are, and opening them; what is wrong with one is said with its row.
 
 A column may hold paths, the content of image files (as hub and parquet data sets have it, by itself or as a struct of
-``bytes`` and ``path``), or lists of either; nothing, an empty text and an empty list are rows without an image. Nothing
-is opened or kept here: a data set of images is larger than memory.
+``bytes`` and ``path``), or lists of either; nothing, an empty text and an empty list are rows without an image. In a
+list an empty text is no image, and nothing where one should be is a bad image. JSON has no bytes: there the content is
+base64, as ``bytes`` of a struct or in a data URI (RFC 2397). Nothing is opened or kept here: a data set of images is
+larger than memory.
 """
 
+import base64
+import errno
 import hashlib
 import io
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,10 +27,14 @@ from harness.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
+    import numpy
+    import pyarrow
 
 _CHUNK = 10_000  # rows whose images are counted at a time
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF: how the camera was held
 _NEITHER = "neither a path nor the content of an image file"
+_DATA_URI = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
+_LONGEST, _SHOWN = 200, 60  # characters of a name that messages show whole; those they show of a longer one
 
 
 class BadImage(UserError):
@@ -92,7 +101,7 @@ class Picture:
                 reason = _problem(io.BytesIO(found))
         except BadImage as error:
             return str(error)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a path with a zero byte in it is a ValueError
             reason = _in_a_line(error)
         return None if reason is None else f"{self._named()}: {reason}"
 
@@ -106,7 +115,7 @@ class Picture:
 
     def _named(self) -> str:
         found = self.find()
-        return f"{self.where}: {found}" if isinstance(found, Path) else self.where
+        return f"{self.where}: {_short(str(found))}" if isinstance(found, Path) else self.where
 
 
 def pictures(rows: "datasets.Dataset", column: str, folder: Path, where: str) -> list[tuple[Picture, ...]]:
@@ -120,18 +129,12 @@ def pictures(rows: "datasets.Dataset", column: str, folder: Path, where: str) ->
     """
     found = _undecoded(rows, column)
 
-    def picture(number: int, place: int | None) -> Picture:
+    def picture(number: int, place: int) -> Picture:
         named = where.format(number)
         return Picture(named, lambda: _found(found[number][column], place, folder, named))
 
-    listed, counts = _counts(found, column)
-    if counts is None:  # texts: at hand, and told from nothing at once
-        values = found[column]
-        counts = [sum(map(bool, value or ())) if listed else int(bool(value)) for value in values]
-    return [
-        tuple(picture(number, place if listed else None) for place in range(count))
-        for number, count in enumerate(counts)
-    ]
+    counts = _counts(found, column)
+    return [tuple(picture(number, place) for place in range(count)) for number, count in enumerate(counts)]
 
 
 def without_bad_images(
@@ -180,6 +183,8 @@ def _undecoded(rows: "datasets.Dataset", column: str) -> "datasets.Dataset":
             return datasets.Image(decode=False)
         if isinstance(feature, datasets.List):
             return datasets.List(stored(feature.feature))
+        if isinstance(feature, datasets.LargeList):
+            return datasets.LargeList(stored(feature.feature))
         return feature
 
     alone = rows.select_columns([column])
@@ -187,37 +192,90 @@ def _undecoded(rows: "datasets.Dataset", column: str) -> "datasets.Dataset":
     return alone if feature == alone.features[column] else alone.cast_column(column, feature)
 
 
-def _counts(rows: "datasets.Dataset", column: str) -> tuple[bool, list[int] | None]:
-    """Whether rows hold lists, and how many images each has, without reading any; None where images are texts."""
+def _counts(rows: "datasets.Dataset", column: str) -> list[int]:
+    """How many images each row has, as `_entries` has it, without making Python values of those that may be large."""
     import datasets
-    import pyarrow.compute
 
     feature = rows.features[column]
-    listed = isinstance(feature, datasets.List)
+    listed = isinstance(feature, datasets.List | datasets.LargeList)
     inner = feature.feature if listed else feature
-    if isinstance(inner, datasets.Value) and "string" in str(inner.dtype):
-        return listed, None
-    table, counts = rows.with_format("arrow"), []
+    mixed = isinstance(inner, datasets.Json)  # rows of a JSON file that are not all of one form
+    texts = isinstance(inner, datasets.Value) and "string" in str(inner.dtype)
+    table, counts = rows if mixed else rows.with_format("arrow"), []
     for start in range(0, len(rows), _CHUNK):
         values = table[start : start + _CHUNK][column]
-        numbers = pyarrow.compute.list_value_length(values) if listed else values.is_valid().cast("int64")
-        counts += [count or 0 for count in numbers.to_pylist()]
-    return listed, counts
+        if mixed:
+            counts += [len(_entries(value)) for value in values]
+        else:
+            for part in values.chunks:
+                counts += _counts_of(part, listed, texts).tolist()
+    return counts
 
 
-def _found(value: Any, place: int | None, folder: Path, where: str) -> Path | bytes:
-    """The path or content of one image of a row."""
-    if place is not None:
-        value = [one for one in value if one][place]
+def _counts_of(values: "pyarrow.Array", listed: bool, texts: bool) -> "numpy.ndarray":
+    """`_counts` of one Arrow array: of lists or not, and of texts or of contents."""
+    import numpy
+    import pyarrow.compute as compute
+
+    def empty(own: "pyarrow.Array") -> "numpy.ndarray":
+        lengths = compute.binary_length(own).fill_null(1)
+        return numpy.asarray(lengths.to_numpy(zero_copy_only=False) == 0)
+
+    def whole(own: "pyarrow.Array") -> "numpy.ndarray":
+        return numpy.asarray(own.to_numpy(zero_copy_only=False), dtype=numpy.int64)
+
+    if not listed:
+        found = whole(values.is_valid())
+        return found - empty(values) if texts else found
+    found = whole(compute.list_value_length(values).fill_null(0))
+    if not texts:
+        return found
+    parents = whole(compute.list_parent_indices(values))
+    return found - numpy.bincount(parents[empty(compute.list_flatten(values))], minlength=len(values))
+
+
+def _entries(value: Any) -> list[tuple[int | None, Any]]:
+    """The images of a row as they are stored, each with its place in the row's list; None where there is no list."""
+    if value is None or value == "":
+        return []
+    if not isinstance(value, list):
+        return [(None, value)]
+    return [(place, one) for place, one in enumerate(value) if one != ""]
+
+
+def _found(value: Any, number: int, folder: Path, where: str) -> Path | bytes:
+    """The path or content of one image of a row, the ``number``-th that it has."""
+    place, value = _entries(value)[number]
     if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
+        content = value.get("bytes")
+        if isinstance(content, str) and content:  # from a JSON file
+            return _decoded(content, where)
+        value = content or value.get("path")
+    if not value and place is not None:
+        raise BadImage(f"{where}: nothing at place {place} of its list (from 0)")
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str) or not value:
         raise BadImage(f"{where}: {_NEITHER}")
+    if _DATA_URI.match(value):
+        return _decoded(value, where)
     if "://" in value:
-        raise BadImage(f"{where}: {value} is an address; download the images and name their files")
+        raise BadImage(f"{where}: {_short(value)} is an address; download the images and name their files")
     return folder / value
+
+
+def _decoded(text: str, where: str) -> bytes:
+    """What base64 stands for, by itself or in a data URI; line breaks in it say nothing."""
+    given = _DATA_URI.match(text)
+    try:
+        return base64.b64decode("".join(text[given.end() if given else 0 :].split()), validate=True)
+    except ValueError as error:
+        raise BadImage(f"{where}: {_short(text)} is damaged base64: {_in_a_line(error)}") from error
+
+
+def _short(name: str) -> str:
+    """A name as messages show it: base64 where a path should be would fill the screen."""
+    return name if len(name) <= _LONGEST else f"{name[:_SHOWN]}… ({len(name)} characters)"
 
 
 @cache
@@ -240,6 +298,8 @@ def _problem(file: Any) -> str | None:
 def _in_a_line(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return 'too long for a path; base64 is given as {"bytes": …} or as a data URI'
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if type(error).__name__ == "UnidentifiedImageError":

@@ -116,7 +116,7 @@ def _question(config: RunConfig, task: Task, name: str) -> Question:
         if source is None:
             raise UserError(f"data.{name}: missing; eval names {name!r}, which stands for its rows")
         asking = task.retention() if name == PRESERVE else task
-        if not asking.labelled(source):
+        if not asking.labelled(source) or _is_without_answers(config, source):
             raise UserError(f"data.{name}.response: missing; eval names {name!r}, and its rows need right answers")
         return Question(name, asking, f"data.{name}", source, name == PRESERVE, tuple(asking.metrics), limit)
     entries = {entry.task: entry for suite in _suites(config).values() for entry in suite.tasks}
@@ -127,7 +127,16 @@ def _question(config: RunConfig, task: Task, name: str) -> Question:
             f"{nearest(name, known)}"
         )
     source = suite_source(config, entries[name])
+    if _is_without_answers(config, source):
+        raise UserError(f"eval: {name!r} has no column of right answers; give its suite columns: {{response: …}}")
+    if isinstance(entries[name], EncoderTask) and entries[name].classes:
+        task = task.scored_in(entries[name].classes)
     return Question(name, task, f"eval: {name}", source, False, tuple(entries[name].metrics), limit)
+
+
+def _is_without_answers(config: RunConfig, source: SourceConfig) -> bool:
+    """Whether questions about images say no right answers: a loss on them is one on their text, but no score."""
+    return config.task == "image_text" and source.response is None
 
 
 def suite_source(config: RunConfig, entry: Any) -> SourceConfig:

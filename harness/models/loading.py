@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from harness.config import ModelConfig, TaskName
@@ -23,9 +23,35 @@ _AUTO_CLASSES: dict[TaskName, str] = {
 }
 
 
+_ENCODER = "an encoder (RoBERTa, BERT, DeBERTa)"
+_SUITABLE: dict[TaskName, str] = {
+    "causal_lm": "a language model (Llama, Mistral, Gemma)",
+    "image_text": "a LLaVA",
+    "image_classification": "a ViT or a ConvNeXt-V2",
+}
+
+
 def auto_class(task: TaskName) -> Any:
     """transformers' class that gives a base the head of ``task``."""
     return getattr(transformers, _AUTO_CLASSES[task])
+
+
+def described_model(path: str, task: TaskName) -> PretrainedConfig:
+    """What the config.json of the model at ``path`` says.
+
+    Raises:
+        UserError: it cannot be read, or transformers has no form of such a model for ``task``.
+    """
+    try:
+        described = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {path!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    if type(described) not in auto_class(task)._model_mapping:
+        raise UserError(
+            f"model.path: {path} is a {described.model_type}, which has no form for task {task!r} in transformers "
+            f"({_AUTO_CLASSES[task]}); give {_SUITABLE.get(task, _ENCODER)}, or set task to what this model is for"
+        )
+    return described
 
 
 def load_model(config: ModelConfig, device: torch.device | str | None = None) -> PreTrainedModel:
@@ -34,9 +60,11 @@ def load_model(config: ModelConfig, device: torch.device | str | None = None) ->
     Under an active ZeRO-3 configuration transformers partitions the weights while it loads them.
 
     Raises:
-        UserError: the path is neither a model folder nor a reachable hub id, or has no safetensors weights.
+        UserError: the path is neither a model folder nor a reachable hub id, has no safetensors weights, or is of a
+            model that has no form for the task.
     """
     transformers_logging.disable_progress_bar()
+    described_model(config.path, config.task)
     try:
         model = auto_class(config.task).from_pretrained(
             config.path, dtype=getattr(torch, config.dtype), trust_remote_code=False, use_safetensors=True

@@ -17,13 +17,13 @@ from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from harness.config import ModelConfig
 from harness.console import say
 from harness.errors import UserError
 from harness.files import tensor_checksum
-from harness.models.loading import auto_class, load_model, whole_weights
+from harness.models.loading import auto_class, described_model, load_model, whole_weights
 from harness.models.stored_names import parameter_names
 
 
@@ -31,12 +31,9 @@ def empty_model(config: ModelConfig) -> PreTrainedModel:
     """The base model in evaluation mode, its weights on the meta device, its buffers (rotary frequencies) real.
 
     Raises:
-        UserError: the path is neither a model folder nor a reachable hub id.
+        UserError: the path is neither a model folder nor a reachable hub id, or the model is none for the task.
     """
-    try:
-        described = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {config.path!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    described = described_model(config.path, config.task)
     with whole_weights(), init_empty_weights(include_buffers=False):
         model = auto_class(config.task).from_config(
             described, dtype=getattr(torch, config.dtype), trust_remote_code=False

@@ -8,6 +8,7 @@ was pre-trained with (FCLoRA §5.3: accuracy and loss on the pre-training task).
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from harness.tasks.base import Task
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Reference(NamedTuple):
@@ -71,6 +72,12 @@ class EncoderTask(Task):
         """Tokens of a row at most: ``data.max_length``, or what the tokenizer says that the model takes."""
         return min(self.config.data.max_length, self.tokenizer.model_max_length)
 
+    def finish_head(self, model: "PreTrainedModel", drawn: set[str]) -> set[str]:
+        """A decoder's head reads the last token of a row that does not pad, and has to know which one pads."""
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.pad_id
+        return drawn
+
     def labelled(self, source: SourceConfig) -> bool:
         """Whether it says answers."""
         return source.response is not None
@@ -78,9 +85,15 @@ class EncoderTask(Task):
     def check(self, key: str, source: SourceConfig) -> None:
         """Raise `UserError` where a column or, of a local file, an answer is not what the task reads.
 
+        Of a local model also where it has no form for the task.
+
         ``data.preserve`` need not say answers; what learns from it all the same is refused by `harness.preflight`.
         """
         self._check_columns(key, source, self.columns[:1] if key == "data.preserve" else self.columns)
+        if key == "data.train" and Path(self.config.model.path).is_dir():
+            from harness.models.loading import described_model
+
+            described_model(self.config.model.path, self.config.task)
         if source.path.endswith((".jsonl", ".json", ".parquet")):  # what else there is may be far away
             self.read(source, key)
 

@@ -3,6 +3,7 @@
 docs/encoders.md says what was decided where papers are silent.
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -30,6 +31,7 @@ class SequenceClassification(EncoderTask):
     columns = ("prompt", "response")
     objective = RowClass()
     has_head = True
+    numbering: tuple[str, ...] | None = None  # names of the classes in the order of the numbers that metrics go by
 
     @property
     def metrics(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -104,11 +106,25 @@ class SequenceClassification(EncoderTask):
             found[place] = int(logits.argmax())
         return found
 
+    def scored_in(self, names: Sequence[str]) -> "SequenceClassification":
+        """This task with metrics by the numbers of a suite's classes ``names``: F1 is of a class that the suite chose.
+
+        The head may have the same classes in another order. A head whose classes are numbers has the suite's.
+        """
+        if set(names) != set(self.classes):
+            return self
+        task = copy.copy(self)
+        task.numbering = tuple(names)
+        return task
+
     def score(self, metric: str, predictions: Sequence[int], examples: Sequence[Texts]) -> list[float] | float:
-        """A metric of GLUE."""
+        """A metric of GLUE, of the head's own numbers or of those of `scored_in`."""
         expected = [example.answer for example in examples]
         if metric == "accuracy":
             return [float(p == e) for p, e in zip(predictions, expected, strict=True)]
+        if self.numbering is not None:
+            numbers = [self.numbering.index(name) for name in self.classes]
+            predictions, expected = [numbers[p] for p in predictions], [numbers[e] for e in expected]
         return METRICS[metric](predictions, expected)
 
     def shown(self, example: Texts, prediction: int) -> Shown:

@@ -22,7 +22,7 @@ from harness.console import say
 from harness.data.sampling import seed_for
 from harness.errors import UserError
 from harness.files import publish_directory, read_json, write_json
-from harness.models.loading import auto_class, whole_weights
+from harness.models.loading import auto_class, described_model, whole_weights
 from harness.run_directory import RunDirectory
 from harness.training.distributed import barrier, rank
 
@@ -36,7 +36,7 @@ def with_head(task: "Task", run: RunDirectory) -> RunConfig:
     """The configuration with ``model.path`` at the base that has the task's head. Collective.
 
     Raises:
-        UserError: the base cannot be loaded.
+        UserError: the base cannot be loaded, or is no model that can have the head.
     """
     config = task.config
     wanted = {"base": config.model.path, "task": config.task, "seed": config.train.seed, **task.head_options()}
@@ -52,6 +52,7 @@ def with_head(task: "Task", run: RunDirectory) -> RunConfig:
 
 def _write(task: "Task", run: RunDirectory, wanted: dict[str, object]) -> None:
     config = task.config.model
+    described_model(config.path, config.task)
     with whole_weights(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for("head", task.config.train.seed))
         try:
@@ -67,6 +68,12 @@ def _write(task: "Task", run: RunDirectory, wanted: dict[str, object]) -> None:
         except OSError as error:
             raise UserError(f"model.path: {config.path!r} cannot be loaded: {' '.join(str(error).split())}") from error
         drawn = {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}
+        # Some classes of transformers call the body otherwise than the files do, and would draw all of it.
+        if drawn.issuperset(name for name, _ in model.named_parameters()):
+            raise UserError(
+                f"model.path: {config.path} has none of the weights of a {type(model).__name__}; give another model, "
+                f"for task {config.task!r} such as an encoder (RoBERTa, BERT, DeBERTa)"
+            )
         drawn = task.finish_head(model, drawn)
     modules = {name.rpartition(".")[0] for name in drawn}
     modules |= {

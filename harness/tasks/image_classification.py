@@ -19,7 +19,7 @@ import torch
 
 from harness.config import RunConfig, SourceConfig
 from harness.console import progress
-from harness.data.class_folders import class_folders, images_of_classes, is_class_folder
+from harness.data.class_folders import class_folders, data_files, images_of_classes, is_class_folder
 from harness.data.class_labels import Classes, Label, classes_of, labels_of, names_of_classes
 from harness.data.collation import collate
 from harness.data.images import Picture, pictures, without_bad_images
@@ -190,9 +190,11 @@ class ImageClassification(Task):
         """
         if not is_class_folder(source):
             if source.image is None:
+                beside = data_files(Path(source.path))
+                files = f" and no data files, such as {beside[0].name}, beside them" if beside else ""
                 raise UserError(
                     f"{key}.image: missing; name the column of images in {source.path}, or give a folder with a "
-                    "sub-folder for each class"
+                    f"sub-folder for each class{files}"
                 )
             if source.response is None and key != PRESERVE:
                 raise UserError(f"{key}.response: missing; name the column of classes in {source.path}")

@@ -6,9 +6,9 @@ docs/llava.md says what was decided where papers are silent.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 ANSWER_TOKENS = 64  # of a generated answer, at most
 CHAT = "none"  # `template`: none of ours, so the processor's
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_ASKED = ("data.validation", "eval:")  # sources whose answers are compared with, and not read by a model
+_DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 _POPE = "pope_"
 
 
@@ -54,6 +56,15 @@ class Question:
     answers: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     where: str = "row 0"
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A source that was read, its images not opened. ``question`` makes one of a row's number, or says what is wrong
+    with the row."""
+
+    images: list[tuple[Picture, ...]]
+    question: Callable[[int], Question]
 
 
 @dataclass(frozen=True)
@@ -117,10 +128,7 @@ class ImageText(Task):
             processor.vision_feature_select_strategy = described.vision_feature_select_strategy
             processor.num_additional_image_tokens = 1  # the class token of CLIP
         if processor.chat_template is None:
-            say(
-                f"model.path: {path} has no chat template; rows are written as LLaVA-1.5 reads them: "
-                f"USER: {processor.image_token}\\n… ASSISTANT: …"
-            )
+            _say_there_is_no_template(path, processor.image_token)
         return processor
 
     @cached_property
@@ -175,7 +183,42 @@ class ImageText(Task):
     # -- data ----------------------------------------------------------------------------------------------------------
 
     def check(self, key: str, source: SourceConfig) -> None:
-        """Raise `UserError` for a missing column, and for what is for text alone."""
+        """Raise `UserError` for a missing column, for what is for text alone, and for a row of a local file that
+        cannot be.
+
+        No image is opened, but those of such a row where ``data.bad_images`` is ``skip``: it may be left out for them.
+        """
+        self._check_columns(key, source)
+        path = Path(source.path)
+        if not path.is_file() or path.suffix not in _DATA_SUFFIXES:  # what else there is may be far away
+            return
+        rows = self._unopened(source, key)
+        reader = self.reader if Path(self.config.model.path).is_dir() else None
+        learned = not key.startswith(_ASKED)
+        seen: set[tuple[int, ...]] = set()
+        for number, images in enumerate(rows.images):
+            try:
+                question = rows.question(number)
+                if reader is not None:
+                    self._check_places(question if learned else replace(question, answers=()), seen)
+            except UserError:
+                if self.config.data.bad_images == "skip" and any(picture.problem() for picture in images):
+                    continue
+                raise
+
+    def _check_places(self, question: Question, seen: set[tuple[int, ...]]) -> None:
+        """Raise `UserError` where images and their places in the text do not agree.
+
+        Writing a conversation takes a while. How many places it has for images goes by the numbers in ``seen`` alone,
+        so one is written for each.
+        """
+        token = self.reader.image_token
+        numbers = [len(question.images), question.prompt.count(token), *(a.count(token) for a in question.answers[:1])]
+        if tuple(numbers) not in seen:
+            self._placed(question)
+            seen.add(tuple(numbers))
+
+    def _check_columns(self, key: str, source: SourceConfig) -> None:
         super().check(key, source)
         config = self.config
         if config.anchor is not None and config.anchor.tokens == "answer":
@@ -200,7 +243,14 @@ class ImageText(Task):
             UserError: it cannot be read, a column or value is not there, an image is missing or damaged and not to be
                 skipped.
         """
-        self.check(key, source)
+        self._check_columns(key, source)
+        rows = self._unopened(source, key)
+        images = rows.images
+        kept = without_bad_images(images, self.config.data.bad_images, key) if any(images) else range(len(images))
+        return [rows.question(number) for number in kept]
+
+    def _unopened(self, source: SourceConfig, key: str) -> _Rows:
+        """The rows of ``source``; nothing is said of values yet."""
         rows = read_rows(source, key)
         for column in source.options or ():
             if column not in rows.column_names:
@@ -212,15 +262,13 @@ class ImageText(Task):
         images: list[tuple[Picture, ...]] = [()] * len(rows)
         if source.image is not None:
             images = pictures(rows, source.image, _folder(source), f"{key}.image: row {{}} of {named}")
-        kept = without_bad_images(images, self.config.data.bad_images, key) if any(images) else range(len(rows))
-        columns = {
-            c: list(rows[c]) for c in {source.prompt, source.pair, source.response, *(source.options or ())} if c
-        }
-        found = []
-        for number in kept:
+        columns = {c: rows[c][:] for c in {source.prompt, source.pair, source.response, *(source.options or ())} if c}
+
+        def question(number: int) -> Question:
             row = {column: values[number] for column, values in columns.items()}
-            found.append(self._question(source, key, row, images[number], f"row {number} of {named}"))
-        return found
+            return self._question(source, key, row, images[number], f"row {number} of {named}")
+
+        return _Rows(images, question)
 
     def _question(
         self, source: SourceConfig, key: str, row: Mapping[str, Any], images: tuple[Picture, ...], where: str
@@ -286,11 +334,8 @@ class ImageText(Task):
 
     def _tokens(self, question: Question) -> tuple[list[int], list[int]]:
         """Tokens, of an image one, and labels."""
-        before, answer = self.texts(question)
+        before, answer = self._placed(question)
         text = before + (answer or "")
-        slots = text.count(self.reader.image_token)
-        if slots != len(question.images):
-            raise self._misplaced(question, slots)
         # A template may write the first special token itself.
         written = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not written)
@@ -328,6 +373,14 @@ class ImageText(Task):
                 all_ids.append(token)
                 all_labels.append(label)
         return all_ids, all_labels
+
+    def _placed(self, question: Question) -> tuple[str, str | None]:
+        """`texts`, if they have a place for each image and no more."""
+        before, answer = self.texts(question)
+        slots = (before + (answer or "")).count(self.reader.image_token)
+        if slots != len(question.images):
+            raise self._misplaced(question, slots)
+        return before, answer
 
     def texts(self, question: Question) -> tuple[str, str | None]:
         """What stands before the answer, an image token for each image; and the answer with what follows it in a turn.
@@ -460,6 +513,15 @@ class ImageText(Task):
         """As texts; of several right answers each once, the most frequent first."""
         expected = " | ".join(answer for answer, _ in Counter(example.answers).most_common())
         return Shown(example.prompt, expected, prediction)
+
+
+@cache
+def _say_there_is_no_template(path: str, image_token: str) -> None:
+    """Said once, however often the processor is loaded."""
+    say(
+        f"model.path: {path} has no chat template; rows are written as LLaVA-1.5 reads them: "
+        f"USER: {image_token}\\n… ASSISTANT: …"
+    )
 
 
 def _folder(source: SourceConfig) -> Path:

@@ -13,18 +13,20 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 from harness import preflight
 from harness.config import RunConfig
+from harness.data.collation import collate
 from harness.data.tokenisation import IGNORED
 from harness.errors import UserError
 from harness.evaluation.candidates import Candidate
-from harness.evaluation.direct import evaluate_directly, expanded, load_candidate, questions
+from harness.evaluation.direct import evaluate_directly, expanded, load_candidate, questions, scored
 from harness.evaluation.items import read_items
 from harness.evaluation.stage import evaluate_run_directly
 from harness.evaluation.suites import read_suites
+from harness.models.calling import arguments
 from harness.models.loading import load_model
 from harness.resources import find
 from harness.run_directory import RunDirectory
 from harness.tasks.registry import load_task
-from tests.tasks.encoders import FAMILIES, headed, row_inputs, run_config, save_encoder
+from tests.tasks.encoders import FAMILIES, headed, row_inputs, run_config, save_encoder, write_rows
 
 SUITES = read_suites()
 GLUE = {entry.task: entry for entry in SUITES["glue"].tasks}
@@ -170,6 +172,73 @@ def test_suites(name: str, bases: Callable[[str], Path], tmp_path: Path) -> None
     assert all(row[entry.texts[0]] in text for row, text in zip(rows, shown, strict=True))
     if entry.classes:
         assert [item.expected for item in scores.items[name]] == [entry.classes[row["label"]] for row in rows]
+
+
+def suite_run(base: Path, folder: Path, name: str, head: str, **options: Any) -> RunConfig:
+    """A run on a task of GLUE whose training rows have the classes' names, or their numbers, with or without names."""
+    entry = GLUE[name]
+    rows = [json.loads(line) for line in (find("eval/samples") / "glue" / name / "train.jsonl").open()]
+    if head == "sorted names":
+        rows = [row | {entry.label: entry.classes[row[entry.label]]} for row in rows]
+    train: dict[str, Any] = dict(zip(("prompt", "pair"), entry.texts, strict=False))
+    train |= {"path": write_rows(folder / "rows.jsonl", rows), "response": entry.label}
+    if head == "the suite's":
+        train["classes"] = list(entry.classes)
+    return run_config(
+        folder,
+        base,
+        "sequence_classification" if entry.classes else "regression",
+        data={"train": train, "max_length": 64, "validation": None, "preserve": None},
+        eval={"task": [name], "data_dir": str(find("eval/samples")), **options},
+    )
+
+
+@pytest.mark.parametrize("head", ["sorted names", "the suite's", "numbers"])
+@pytest.mark.parametrize(
+    ("name", "positive", "metrics"),
+    [
+        # right and of class 1, wrongly of class 1, missed: 6, 4, 5 of 20 rows; of class 0 F1 would be 10/19
+        ("mrpc", 10, {"accuracy": 11 / 20, "f1": 12 / 21}),
+        ("qqp", 8, {"accuracy": 8 / 20, "f1": 6 / 18}),  # 3, 5, 7
+        ("cola", 10, {"matthews_correlation": (7 * 6 - 3 * 4) / (10 * 11 * 9 * 10) ** 0.5}),  # 7, 3, 4
+    ],
+)
+def test_metrics_go_by_the_classes_of_the_suite(
+    name: str, positive: int, metrics: dict[str, float], head: str, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """By hand, of answers that say class 1 to the first ``positive`` rows; the head may have its classes otherwise."""
+    config, entry = suite_run(bases("roberta"), tmp_path, name, head), GLUE[name]
+    task, (question,) = load_task(config), questions(config, [name])
+    assert (task.classes == [*entry.classes][::-1]) == (head == "sorted names")
+    one, other = (c if head == "numbers" else entry.classes[int(c)] for c in ("1", "0"))
+    answers = [task.classes.index(one if row < positive else other) for row in range(20)]
+    score, _ = scored(question, answers)
+    found = {score.metric: score.value} | score.others
+    assert list(found) == list(entry.metrics)
+    assert found == pytest.approx(metrics)
+
+
+def test_correlations_by_hand(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """Of 3.7, 3.4, 1.5 and 0.9."""
+    (question,) = questions(suite_run(bases("roberta"), tmp_path, "stsb", "numbers", limit=4), ["stsb"])
+    score, _ = scored(question, [3.0, 4.0, 1.0, 0.0])
+    assert (score.metric, score.value) == ("pearson", pytest.approx(7.2 / 57.475**0.5))
+    assert score.others == {"spearman": pytest.approx(1 - 6 * 2 / (4 * 15))}
+
+
+def test_f1_of_a_model_whose_classes_are_sorted(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    config, _ = headed(suite_run(bases("roberta"), tmp_path, "mrpc", "sorted names"))
+    model, (question,) = load_model(config.model), questions(config, ["mrpc"])
+    batch = collate(question.task.rows(question.asked), question.task.pad_id)
+    with torch.no_grad():  # so that it says both
+        model.classifier.out_proj.bias -= model(**arguments(model, batch)).logits.mean(0)
+    model.save_pretrained(tmp_path / "merged")
+    (scores,) = evaluate_directly(config, [Candidate("final", 1, tmp_path / "merged")], ["mrpc"])
+    pairs = [(item.answer, item.expected) for item in scores.items["mrpc"]]
+    right = pairs.count(("equivalent", "equivalent"))
+    wrong = sum(answer != expected for answer, expected in pairs)
+    assert right and pairs.count(("not_equivalent", "not_equivalent")) not in (0, right)
+    assert scores.scores["mrpc"].others["f1"] == pytest.approx(2 * right / (2 * right + wrong))
 
 
 def test_names(bases: Callable[[str], Path], tmp_path: Path) -> None:

@@ -2,19 +2,23 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from harness.analysis.spectrum import spectrum
+from harness.cli import main
 from harness.config import RunConfig
 from harness.errors import UserError
 from harness.files import read_json
@@ -91,8 +95,6 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_every_form_of_data_reads_the_same(vit: VisionWorld, tmp_path: Path) -> None:
-    import datasets
-
     files = files_of(vit.new_train)
     names = [{"image": str(file), "label": file.parent.name} for file in files]
     numbers = [row | {"label": NEW_CLASSES.index(row["label"])} for row in names]
@@ -217,7 +219,18 @@ def _headless(folder: Path, world: VisionWorld) -> dict[str, Any]:
     return {"model": {"path": str(folder / "headless")}}
 
 
+def _beside_data(folder: Path, world: VisionWorld) -> dict[str, Any]:
+    shutil.copytree(world.new_train, folder / "train")
+    (folder / "train" / "labels.csv").write_text("image,label\n")
+    return {"data": {"train": {"path": str(folder / "train")}}}
+
+
 MISTAKES: dict[str, tuple[Change, str]] = {
+    "class folders beside data": (
+        _beside_data,
+        r"^data\.train\.image: missing; name the column .*, or give a folder with a sub-folder for each class and no "
+        r"data files, such as labels\.csv, beside them$",
+    ),
     "another class": (
         lambda folder, world: _rows(folder, world, "red cross", "red star", key="validation"),
         r"^data\.validation\.response: row 1 of validation\.jsonl is of class 'red star', which is not among the "
@@ -330,6 +343,39 @@ def test_mistakes_take_one_line(convnext: VisionWorld, tmp_path: Path, mistake: 
     with pytest.raises(UserError, match=message) as caught:
         check(configured(convnext, tmp_path, **change(tmp_path, convnext)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mistake", ["another class", "a folder of another class", "a class that the base has not"])
+def test_labels_that_the_head_has_not_end_the_command_with_one_line(
+    vit: VisionWorld, tmp_path: Path, mistake: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    change, message = MISTAKES[mistake]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content(vit, tmp_path, **change(tmp_path, vit))))
+    monkeypatch.setattr("sys.argv", ["harness", "run", str(tmp_path / "run.yaml")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and re.search(message, line.removeprefix("error: "))
+    assert not (tmp_path / "runs").exists()  # nothing was begun
+
+
+def test_data_files_beside_images_are_what_is_read(vit: VisionWorld, tmp_path: Path) -> None:
+    """Not the sub-folders of their images, as classes."""
+    rows = []
+    for number, file in enumerate(files_of(vit.new_train)):
+        for name in ("images", "thumbnails"):
+            (tmp_path / "ds" / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, tmp_path / "ds" / name / f"{number}.png")
+        rows.append({"image": f"images/{number}.png", "label": file.parent.name})
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "ds" / "train.parquet")
+    source = {"path": str(tmp_path / "ds"), "image": "image", "response": "label"}
+    task = load_task(configured(vit, tmp_path, data={"train": source}))
+    assert task.classes.names == tuple(sorted(NEW_CLASSES))
+    found = task.read(task.config.data.train, "data.train")
+    assert [task.classes.names[one.label] for one in found] == [row["label"] for row in rows]
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files_of(vit.new_train)]
+    assert [one.picture.digest() for one in found] == digests
 
 
 def test_targets_go_by_the_names_of_modules(vit: VisionWorld, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Questions about images: rows, statistics, targets, stored names, answers, and what a user can do wrong."""
 
+import base64
 import io
 import json
 import os
@@ -27,6 +28,7 @@ from transformers import (
 
 from harness import preflight
 from harness.adapters.lora import attach_lora
+from harness.cli import main
 from harness.config import ModelConfig, RunConfig, resolve
 from harness.data.collation import collate, stack
 from harness.data.tokenisation import IGNORED, Row
@@ -171,6 +173,26 @@ def test_images_as_contents_in_parquet_are_the_same_rows(task: ImageText, make: 
         assert contents.input_ids == files.input_ids
         assert torch.equal(contents.tensors()["pixel_values"], files.tensors()["pixel_values"])
         assert contents.digests() == files.digests() != []
+
+
+@pytest.mark.parametrize("form", ["struct", "data URI"])
+def test_images_as_base64_in_json_lines_are_the_same_rows(
+    task: ImageText, make: Any, tmp_path: Path, form: str
+) -> None:
+    data = Path(task.config.data.train.path).parent
+    source = [json.loads(line) for line in (data / "position_train.jsonl").read_text().splitlines()][:6]
+    texts = [base64.b64encode((data / row["image"]).read_bytes()).decode() for row in source]
+    images = [{"bytes": text} if form == "struct" else f"data:image/png;base64,{text}" for text in texts]
+    whole = [row | {"image": image} for row, image in zip(source, images, strict=True)]
+    columns = {"image": "image", "prompt": "question", "response": "answer"}
+    paths = {**columns, "path": str(write_jsonl(tmp_path / "rows.jsonl", source)), "image_folder": str(data)}
+    contents = {**columns, "path": str(write_jsonl(tmp_path / "whole.jsonl", whole))}
+    preflight.check(make(train=contents))
+    found = [rows_of(load_task(make(train=t))) for t in (contents, paths)]
+    for own, files in zip(*found, strict=True):
+        assert own.input_ids == files.input_ids
+        assert torch.equal(own.tensors()["pixel_values"], files.tensors()["pixel_values"])
+        assert own.digests() == files.digests() != []
 
 
 def test_image_tokens_in_the_prompt_say_where_images_stand(make: Any, tmp_path: Path) -> None:
@@ -387,6 +409,111 @@ def test_what_is_seen_before_a_model_is_loaded(make: Any, changes: Any, says: st
     with pytest.raises(UserError) as error:
         preflight.check(make(**changes))
     assert says in lines(error)
+
+
+# Of rows of a source, what no image needs to be opened for: (row, keys of the source, message).
+WRONG_ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "more images than places": ({"q": "<image>?", "n": 2}, {}, "row 1 of x.jsonl has 2 images for 1 × <image> in"),
+    "more places than images": ({"q": "<image> <image>?"}, {}, "row 1 of x.jsonl has 1 image for 2 × <image> in"),
+    "a place without an image": ({"q": "<image>?", "n": 0}, {}, "row 1 of x.jsonl has 0 images for 1 × <image> in"),
+    "a template without a place": ({}, {"template": "alpaca"}, "has 1 image, and its template has no place for one"),
+    "no question": ({"q": None}, {}, ".prompt: row 1 of x.jsonl has no value in 'q'"),
+    "no answer": ({"a": None}, {}, ".response: row 1 of x.jsonl has no value in 'a'"),
+    "no such option": ({"a": "7"}, {"options": ["o"]}, "row 1 of x.jsonl has '7' in 'a', which is no answer among 2"),
+    "no such column": ({}, {"options": ["p"]}, ".options: no column 'p'"),
+}
+
+
+def wrong_rows(tmp_path: Path, row: dict[str, Any], image: str = "never opened.png") -> Path:
+    content = {"q": row.get("q", "What?"), "a": row.get("a", "yes"), "i": [image] * row.get("n", 1), "o": ["yes", "no"]}
+    good = {"q": "What?", "a": "yes", "i": ["never opened.png"], "o": ["yes", "no"]}
+    # A template without a place for images is wrong for every row with one.
+    return write_jsonl(tmp_path / "x.jsonl", [good | {"i": []}, content, good | {"i": []}])
+
+
+@pytest.mark.parametrize("wrong", WRONG_ROWS)
+@pytest.mark.parametrize("key", ["train", "validation", "preserve"])
+def test_wrong_rows_are_seen_before_a_model_is_loaded(make: Any, tmp_path: Path, key: str, wrong: str) -> None:
+    row, columns, says = WRONG_ROWS[wrong]
+    source = {"path": str(wrong_rows(tmp_path, row)), "image": "i", "prompt": "q", "response": "a", **columns}
+    changes: dict[str, Any] = {"train": source} if key == "train" else {"data": {key: source}}
+    with pytest.raises(UserError) as error:
+        preflight.check(make(**changes, eval={"knowledge": ["preserve"]} if key == "preserve" else {}))
+    assert says in lines(error)
+    if says.startswith("."):
+        assert lines(error).startswith(f"data.{key}.")
+
+
+def test_places_of_images_in_answers_count_where_they_are_read(make: Any, tmp_path: Path) -> None:
+    path = wrong_rows(tmp_path, {"a": "<image>"})
+    source = {"path": str(path), "image": "i", "prompt": "q", "response": "a"}
+    preflight.check(make(data={"validation": source}, eval={"task": ["validation"]}))
+    with pytest.raises(UserError, match=r"row 1 of x\.jsonl has 1 image for 2 × <image> in"):
+        preflight.check(make(train=source))
+
+
+@pytest.mark.parametrize("good", [False, True])
+def test_wrong_rows_that_are_skipped_for_their_images_pass(make: Any, folder: Path, tmp_path: Path, good: bool) -> None:
+    """They are left out when rows are read, so nothing is wrong with the source."""
+    image = str(folder / "world/data/images/train/00000.png") if good else "nowhere.png"
+    path = wrong_rows(tmp_path, {"q": "<image>?", "n": 2}, image)
+    config = make(train={"path": str(path)}, data={"bad_images": "skip"})
+    if good:
+        with pytest.raises(UserError, match=r"row 1 of x\.jsonl has 2 images for 1 × <image>"):
+            preflight.check(config)
+        return
+    preflight.check(config)
+    assert len(rows_of(load_task(config))) == 2
+
+
+def test_what_is_scored_has_right_answers(make: Any, tmp_path: Path) -> None:
+    bare = {"path": str(wrong_rows(tmp_path, {})), "image": "i", "prompt": "q"}
+    answered = bare | {"response": "a"}
+    for key, where in (("validation", "task"), ("preserve", "knowledge")):
+        with pytest.raises(UserError) as error:
+            preflight.check(make(data={key: bare}, eval={where: [key]}))
+        assert lines(error) == (f"data.{key}.response: missing; eval names {key!r}, and its rows need right answers")
+        preflight.check(make(data={key: answered}, eval={where: [key]}))
+        preflight.check(make(data={key: bare}))  # what is not asked for a score needs none
+    # A loss on the text of what is to be preserved needs none either.
+    preflight.check(make(data={"preserve": bare}, anchor={"kl": 1.0}))
+
+
+def test_what_suites_score_has_right_answers(make: Any, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "mine.jsonl", [{"q": "What?", "a": "yes"}])
+    task = {"task": "mine", "columns": {"prompt": "q"}, "metrics": ["exact_match"], "data": {"test": "mine.jsonl"}}
+    suite = {"suite": "my_visual", "kind": "visual", "description": "Mine.", "tasks": [task]}
+    options = {"task": ["mine"], "data_dir": str(tmp_path), "include_path": str(tmp_path), "backend": "hf"}
+    for columns, says in (({"prompt": "q"}, "eval: 'mine' has no column of right answers"), ({"response": "a"}, None)):
+        task["columns"] = {"prompt": "q"} | columns
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(suite))
+        if says is None:
+            preflight.check(make(eval=options))
+            continue
+        with pytest.raises(UserError) as error:
+            preflight.check(make(eval=options))
+        assert lines(error).startswith(says)
+
+
+@pytest.mark.parametrize("wrong", ["more images than places", "a template without a place", "no answers to score"])
+def test_wrong_rows_end_the_command_with_one_line(
+    folder: Path, tmp_path: Path, wrong: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    if wrong == "no answers to score":
+        row, columns, says = {}, {"response": None}, "data.validation.response: missing; eval names 'validation'"
+    else:
+        row, columns, says = WRONG_ROWS[wrong]
+    source = {"path": str(wrong_rows(tmp_path, row)), "image": "i", "prompt": "q", "response": "a"}
+    content = configuration(folder / "world", tmp_path / "runs", eval={"task": ["validation"]})
+    content["data"] = content["data"] | {"validation": source | columns}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setattr("sys.argv", ["harness", "run", str(tmp_path / "run.yaml")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: data") and says in line
+    assert not (tmp_path / "runs").exists()  # nothing was begun
 
 
 def test_what_passes(make: Any) -> None:

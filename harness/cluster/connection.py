@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from harness.console import say
 from harness.errors import UserError
 
 REACH_SECONDS = 10.0
+CLIENT_CRASH = "Initialization failure from server"
 OBJECT_STORE_BYTES = 100 * 2**20  # of a cluster of this machine: what is large goes through files
 _ALLOWED = "allowed: local, auto, host:port of the head, ray://host:port from outside the cluster"
 
@@ -36,7 +38,7 @@ def connected(address: str) -> Iterator[None]:
     elif place != "auto":
         check_reachable(place)
     try:
-        ray.init(address=place, **options)
+        _join(place, options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise UserError(
             f"cluster: {address}: {_reason(error)}; start one with `ray start --head`, {_ALLOWED}"
@@ -45,6 +47,22 @@ def connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _join(place: str, options: dict[str, Any]) -> None:
+    """`ray.init`. For Ray Client more than once: the process that it starts for a client may crash before it is one
+    (gRPC beside a fork, https://github.com/ray-project/ray/issues/63202)."""
+    import ray
+
+    for left in (2, 1, 0) if place.startswith("ray://") else (0,):
+        try:
+            ray.init(address=place, **options)
+            return
+        except ConnectionError as error:
+            if not left or CLIENT_CRASH not in str(error):
+                raise
+            say(f"cluster: {place}: {_reason(error)}; trying again")
+            ray.shutdown()
 
 
 def _reason(error: Exception) -> str:

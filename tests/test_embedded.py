@@ -55,6 +55,7 @@ def test_the_recipe_from_one_end_to_the_other(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_base_knows_the_old_kinds_and_not_the_new_one() -> None:
     world = build_visual()
     assert 2e6 < world.info["counts"]["parameters"] < 4e6

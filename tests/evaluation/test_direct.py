@@ -112,7 +112,7 @@ def masked_by_hand(config: RunConfig, tuned: str | Path, base: Path) -> tuple[fl
         for place, label in enumerate(row.labels):
             if label != IGNORED:
                 right.append(int(logits[place].argmax()) == label)
-                losses.append(-float(logits[place].log_softmax(-1)[label]))
+                losses.append(-logits[place].log_softmax(-1)[label].item())
     return float(np.mean(right)), float(np.mean(losses))
 
 

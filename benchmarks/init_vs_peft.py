@@ -14,10 +14,10 @@ same process, one after the other, and in the next round the other one begins. P
 - whole: collection and decomposition, with what PEFT does besides in `preprocess_corda` (it crops).
 
 Peak memory is measured in processes of their own, with an allocator that gives large blocks back at once, for both
-sides: what the resident set grows by, above what the process held before.
-For the resident ways the model is loaded before; for the streamed one it is not, so its growth contains the weights
-that it reads. Errors are ‖B·A − truth‖ / ‖truth‖ of the layers of one block, each against float64 on the covariance and
-damping that it used itself.
+sides: what the resident set grows by, mapped files among it, from before the model is loaded. Ours is that of the
+stages `calibrate` and `init`, from files to files. Where the whole model is loaded (PEFT, ours resident) its weights
+are subtracted; ours streamed contains those that it holds. Errors are ‖B·A − truth‖ / ‖truth‖ of the layers of one
+block, each against float64 on the covariance and damping that it used itself.
 """
 
 import argparse
@@ -42,7 +42,7 @@ RANK, TOKENS, VOCABULARY = 64, 512, 1000
 
 @dataclass(frozen=True)
 class Shape:
-    """Width, blocks, rows of `TOKENS` tokens, and how often both sides take their turn."""
+    """Width, blocks, rows of `TOKENS` tokens, and how often both sides take their turn; 0: memory alone."""
 
     width: int
     blocks: int
@@ -58,11 +58,12 @@ class Shape:
 SHAPES = {
     "d1024": Shape(1024, 4, 8, 3),
     "d1024-bf16": Shape(1024, 4, 8, 3, "bfloat16"),
-    "d2048": Shape(2048, 2, 8, 1),
-    "d2048-bf16": Shape(2048, 2, 8, 1, "bfloat16"),
+    "d2048": Shape(2048, 2, 8, 2),
+    "d2048-bf16": Shape(2048, 2, 8, 2, "bfloat16"),
+    "d1024-16": Shape(1024, 16, 8, 0),
     "tiny": Shape(64, 2, 2, 2),  # to see that the script works
 }
-ALL = ("d1024", "d1024-bf16", "d2048", "d2048-bf16")
+ALL = ("d1024", "d1024-bf16", "d2048", "d2048-bf16", "d1024-16")
 # Solver and mode. PEFT does the same work in both modes.
 WAYS = {"full solver": ("gram", "kpm"), "kpm, auto": ("auto", "kpm"), "ipm, auto": ("auto", "ipm")}
 # What the ratios are meant to be: PEFT's time over ours, ours over the forward pass, our memory over PEFT's.
@@ -96,12 +97,12 @@ def main() -> None:
         shape = SHAPES[name]
         with tempfile.TemporaryDirectory() as folder:
             save_model(shape, Path(folder))
-            measured = timed(shape, Path(folder), options.rounds or shape.rounds)
+            measured = timed(shape, Path(folder), options.rounds or shape.rounds) if shape.rounds else None
             memory = {
                 way: memory_in_own_process(name, way, Path(folder), options.threads)
-                for way in ("peft", "ours", "ours streamed")
+                for way in ("peft", "ours resident", "ours streamed")
             }
-            errors = errors_of_one_block(shape, Path(folder)) if shape.width <= 1024 else None
+            errors = errors_of_one_block(shape, Path(folder)) if shape.width <= 1024 and shape.rounds else None
         content[name] = {
             **{"width": shape.width, "intermediate": shape.intermediate, "blocks": shape.blocks, "dtype": shape.dtype},
             **{"tokens": shape.rows * TOKENS, "rank": RANK, "threads": options.threads},
@@ -183,18 +184,28 @@ class Held:
 
 
 def our_adapters(model: Any, covariances: dict[str, Any], solver: str, mode: str = "kpm") -> dict[str, Any]:
-    """Layer → its adapter at step 0, through the method itself."""
+    """Layer → its adapter at step 0, through the method itself, layers side by side as in the init stage."""
+    import torch
+
+    from harness.measurement import available_memory
     from harness.methods.registry import build_method
-    from harness.models.targets import describe
+    from harness.models.targets import Layer, describe
+    from harness.stages.plan import layer_cost
+    from harness.stages.side_by_side import layers_at_a_time, side_by_side
 
     method = build_method({"name": "corda", "mode": mode, "rank": RANK}, 0)
     method.solver = solver
     modules = target_layers(model)
     held = Held(covariances)
-    return {
-        layer.name: method.initialise(layer, modules[layer.name].weight.detach(), RANK, held, {})
-        for layer in describe(modules)
-    }
+    costs = {layer.name: layer_cost(method, layer) for layer in describe(modules)}
+    layers = sorted(describe(modules), key=lambda layer: -costs[layer.name].total)
+    cpu = torch.device("cpu")
+    workers = layers_at_a_time(cpu, [cost.bytes for cost in costs.values()], available_memory(cpu))
+
+    def adapter(layer: Layer) -> Any:
+        return method.initialise(layer, modules[layer.name].weight.detach(), RANK, held, {})
+
+    return {layer.name: initial for layer, initial in side_by_side(adapter, layers, workers)}
 
 
 def peft_config(model: Any) -> Any:
@@ -323,45 +334,37 @@ def memory_in_own_process(name: str, way: str, folder: Path, threads: int) -> fl
 
 
 def peak_memory(shape: Shape, way: str, folder: Path) -> float:
-    """MiB by which ``way`` raises the largest resident set of this process."""
-    from harness.measurement import measured
-    from harness.memory import freed_at_once
-
-    if way == "ours streamed":
-        return streamed_memory(shape, folder)
-    model = load(shape, folder)
-    model(**batches(shape)[0], use_cache=False)  # what libraries allocate once
-    with measured() as phase, freed_at_once():
-        if way == "ours":
-            our_adapters(model, our_covariances(model, shape), "auto")
-        else:
-            from peft.tuners.lora.corda import preprocess_corda
-
-            preprocess_corda(model, peft_config(model), run_rows(model, shape))
-    return phase.peak_bytes / 2**20
+    """MiB by which ``way`` raises the largest resident set of this process, a loaded model left out."""
+    with tempfile.TemporaryDirectory() as small:
+        save_model(SHAPES["tiny"], Path(small))
+        whole_peak(SHAPES["tiny"], way, Path(small))  # what libraries allocate once
+    peak = whole_peak(shape, way, folder)
+    if way != "ours streamed":
+        peak -= sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return peak / 2**20
 
 
-def streamed_memory(shape: Shape, folder: Path) -> float:
-    """The stages `calibrate` and `init` themselves, streamed, from files to files."""
+def whole_peak(shape: Shape, way: str, folder: Path) -> int:
+    """Bytes, with the model: PEFT's call on the loaded model, or the stages `calibrate` and `init`, files to files."""
     from harness.config import resolve
     from harness.measurement import measured
+    from harness.memory import freed_at_once
     from harness.run_directory import RunDirectory
     from harness.stages.calibrate import calibrate
     from harness.stages.initialise import initialise
 
-    def peak(own: Shape, model: Path, place: Path) -> float:
-        config = resolve(run_content(own, model, place, "streamed"))
-        run = RunDirectory(config.run_directory)
-        with measured() as phase:
+    with measured() as phase, freed_at_once(), tempfile.TemporaryDirectory() as place:
+        if way == "peft":
+            from peft.tuners.lora.corda import preprocess_corda
+
+            model = load(shape, folder)
+            preprocess_corda(model, peft_config(model), run_rows(model, shape))
+        else:
+            config = resolve(run_content(shape, folder, Path(place), way.removeprefix("ours ")))
+            run = RunDirectory(config.run_directory)
             calibrate(config, run)
             initialise(config, run)
-        return phase.peak_bytes / 2**20
-
-    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
-        small = Path(first) / "model"
-        save_model(SHAPES["tiny"], small)
-        peak(SHAPES["tiny"], small, Path(first))  # what libraries allocate once
-        return peak(shape, folder, Path(second))
+    return phase.peak_bytes
 
 
 def run_content(shape: Shape, model: Path, place: Path, collection: str) -> dict[str, Any]:
@@ -436,26 +439,32 @@ def print_tables(name: str, entry: dict[str, Any]) -> None:
         f"\n{name}: width {entry['width']}, {entry['blocks']} blocks, {entry['dtype']}, {entry['tokens']} tokens, "
         f"{entry['threads']} threads\n"
     )
-    print("| ratio | median | min | max | aim |")
-    print("|---|---|---|---|---|")
-    for what, ratio in entry["times"]["ratios"].items():
-        aim = AIMS.get(what, "≤ 0.5" if what.endswith("ours") else "")
-        shown = what if "forward" in what else f"PEFT's time over ours: {what}"
-        print(f"| {shown} | {ratio['median']:.2f} | {ratio['min']:.2f} | {ratio['max']:.2f} | {aim} |")
-    print("\n| phase | seconds (median) |")
-    print("|---|---|")
-    for phase, seconds in entry["times"]["seconds"].items():
-        print(f"| {phase} | {seconds:.2f} |")
+    if entry["times"] is not None:
+        print_times(entry["times"])
     peft = entry["peak_mib"]["peft"]
     print("\n| peak memory on top | MiB | of PEFT's | aim |")
     print("|---|---|---|---|")
-    for way, aim in (("peft", ""), ("ours", "≤ 1/3"), ("ours streamed", "≤ 1/10")):
+    for way, aim in (("peft", ""), ("ours resident", "≤ 1/3"), ("ours streamed", "≤ 1/10")):
         print(f"| {way} | {entry['peak_mib'][way]:.0f} | {entry['peak_mib'][way] / peft:.2f} | {aim} |")
     if entry["errors"]:
         print("\n| layer of block 0 | our error | PEFT's error | PEFT's damping |")
         print("|---|---|---|---|")
         for layer, error in entry["errors"].items():
             print(f"| {layer} | {error['ours']:.1e} | {error['peft']:.1e} | {error['peft_damping']} |")
+
+
+def print_times(times: dict[str, Any]) -> None:
+    """Ratios and seconds of one shape as Markdown."""
+    print("| ratio | median | min | max | aim |")
+    print("|---|---|---|---|---|")
+    for what, ratio in times["ratios"].items():
+        aim = AIMS.get(what, "≤ 0.5" if what.endswith("ours") else "")
+        shown = what if "forward" in what else f"PEFT's time over ours: {what}"
+        print(f"| {shown} | {ratio['median']:.2f} | {ratio['min']:.2f} | {ratio['max']:.2f} | {aim} |")
+    print("\n| phase | seconds (median) |")
+    print("|---|---|")
+    for phase, seconds in times["seconds"].items():
+        print(f"| {phase} | {seconds:.2f} |")
 
 
 if __name__ == "__main__":

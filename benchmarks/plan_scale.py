@@ -178,6 +178,7 @@ def simulate(model: str, ranks: int, tokens: int, rates: Rates, bandwidth: float
     passes = (weights + covariances / 2) * decoder.blocks * tokens / ranks * rates.forward
     triangle = covariances / 2 * 4 * decoder.blocks  # bytes of all sums
     reduced = triangle * (ranks - 1) / ranks
+    whole = 4 * max(decoder.inputs()) ** 2  # one matrix at a time is filled in and written
     work = max(cost.bytes for cost in costs)
     hidden = tokens / ranks * decoder.width * 2
     return Simulated(
@@ -188,8 +189,8 @@ def simulate(model: str, ranks: int, tokens: int, rates: Rates, bandwidth: float
         reduced / bandwidth,
         passes + max(loads) + reduced / bandwidth,
         1.0,
-        int(2 * weights * decoder.blocks + 4 * covariances * decoder.blocks),
-        int(max(2 * 2 * weights + 4 * covariances + hidden, work)),
+        int(2 * weights * decoder.blocks + triangle + whole),
+        int(max(2 * 2 * weights + triangle / decoder.blocks + whole + hidden, work)),
         int(reduced),
     )
 

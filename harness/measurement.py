@@ -11,6 +11,8 @@ import torch
 
 from harness.console import in_words
 
+_open_peaks: list[int] = []  # bytes, of the blocks of `measured` that are open, the innermost last
+
 
 @dataclass
 class Phase:
@@ -28,23 +30,33 @@ def measured() -> Iterator[Phase]:
     """Fill in the yielded phase when the block ends.
 
     Memory is the accelerator's where there is one, else resident memory, files that are mapped among it. Linux lets the
-    peak of that start anew with the block; elsewhere it is that of the process so far.
+    peak of that start anew with the block; elsewhere it is that of the process so far. Blocks may lie in each other:
+    the outer one's peak is at least the inner one's.
     """
     phase = Phase()
     accelerator = torch.cuda.is_available()
+
+    def note_peak() -> None:
+        """For the blocks that are open: the peak since it was last reset."""
+        peak = torch.cuda.max_memory_allocated() if accelerator else resident_peak()
+        for number, so_far in enumerate(_open_peaks):
+            _open_peaks[number] = max(so_far, peak)
+
+    note_peak()
     before = torch.cuda.memory_allocated() if accelerator else psutil.Process().memory_info().rss
     if accelerator:
         torch.cuda.reset_peak_memory_stats()
     elif (clear := Path("/proc/self/clear_refs")).exists():
         with suppress(OSError):  # a container may forbid it: the peak is then the process's so far
             clear.write_text("5")
+    _open_peaks.append(0)
     began = time.perf_counter()
     try:
         yield phase
     finally:
         phase.seconds = time.perf_counter() - began
-        peak = torch.cuda.max_memory_allocated() if accelerator else resident_peak()
-        phase.peak_bytes = max(0, peak - before)
+        note_peak()
+        phase.peak_bytes = max(0, _open_peaks.pop() - before)
 
 
 def resident_peak() -> int:

@@ -120,15 +120,15 @@ def context_svd(
         needed: the components to return, ``first``: before the cut, ``rest``: after it. Only then a partial solver
             can be of use.
     """
-    W64 = W.double()
     if W.shape[0] <= W.shape[1]:
-        return _solve(_times(W64, C_damped, shift), cut, solver, needed)
-    if solver != "svd" and (R := _cholesky_factor(W64)) is not None:
+        return _solve(_times(W.double(), C_damped, shift), cut, solver, needed)
+    # W in float64 is made anew where it is needed: held meanwhile, it would be the largest thing in memory.
+    if solver != "svd" and (R := _cholesky_factor(W.double())) is not None:
         found = _solve(_times(R, C_damped, shift), cut, solver, needed)
-        U = W64 @ torch.linalg.solve_triangular(R, found.U, upper=True)
+        U = W.double() @ torch.linalg.solve_triangular(R, found.U, upper=True)
         if _orthonormal(U):
             return replace(found, U=U)
-    Q, R = torch.linalg.qr(W64)
+    Q, R = torch.linalg.qr(W.double())
     found = _solve(_times(R, C_damped, shift), cut, solver, needed)
     return replace(found, U=Q @ found.U)
 

@@ -31,7 +31,7 @@ def smallest_deflated(M: torch.Tensor, G: torch.Tensor, counts: Sequence[int]) -
     """The k = max(``counts``) smallest eigenpairs of G = M Mᵀ; None where they cannot be had this way.
 
     Args:
-        M: (n, m), n ≤ m, float64, on the CPU.
+        M: (n, m), n ≤ m, float64, on the CPU; it comes back as it was, up to rounding.
         G: its Gram matrix, (n, n).
         counts: as for `harness.decomposition.partial.partial_eigen`.
 
@@ -42,17 +42,18 @@ def smallest_deflated(M: torch.Tensor, G: torch.Tensor, counts: Sequence[int]) -
     n, k = len(G), max(counts)
     if n < 4 * OUTLIERS + 4 * k:
         return None
-    Q = _leading_space(G)
+    Q, largest = _leading_space(G)
     coefficients = Q.T @ M
-    deflated = M - Q @ coefficients
-    inner = gram_matrix(deflated)
+    # In place and back, which rounds like forming M did: a second M would be the largest thing in memory.
+    M.addmm_(Q, coefficients, alpha=-1)
+    inner = gram_matrix(M)
+    M.addmm_(Q, coefficients)
     top = largest_eigenvalue(inner)
     if not math.isfinite(top) or top <= 0:
         return None
-    found = lapack_subset(inner + (2 * top) * (Q @ Q.T), counts, "smallest")
+    found = lapack_subset(inner + (2 * top) * (Q @ Q.T), counts, "smallest", 2 * top)
     if found is None:
         return None
-    largest = largest_eigenvalue(G)
     sigma = found.values.clamp_min(0).sqrt()
     below = [0.0, *sigma.flip(0).tolist(), max(found.beyond, 0.0) ** 0.5]  # ascending, the first of no meaning
     error = 0.0
@@ -71,12 +72,12 @@ def smallest_deflated(M: torch.Tensor, G: torch.Tensor, counts: Sequence[int]) -
     return PartialEigen(found.values, found.vectors, found.beyond, largest, found.residual_error, error + tilt)
 
 
-def _leading_space(G: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis (n, p) of a space with the largest eigenvectors of G and hardly any of the smallest."""
+def _leading_space(G: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """An orthonormal basis (n, p) of a space with the largest eigenvectors of G and hardly any of the smallest; λ₁."""
     start = torch.randn(len(G), OUTLIERS, generator=torch.Generator().manual_seed(0), dtype=G.dtype)
     Q = torch.linalg.qr(start)[0]
     for _ in range(ITERATIONS):
         Q = torch.linalg.qr(G @ Q)[0]
     values, turn = torch.linalg.eigh(Q.T @ G @ Q)
     # G's own rounding, ε·λ₁, puts something of every direction into the vectors of small eigenvalues; those stay in M'.
-    return Q @ turn[:, values > SHARE * values[-1]]
+    return Q @ turn[:, values > SHARE * values[-1]], float(values[-1])

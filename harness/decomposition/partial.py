@@ -20,23 +20,24 @@ is None and the caller takes the full solver. The gap at the cut decides: a cut 
 between equal eigenvalues, needs a space as large as the matrix. On the CPU that solver is LAPACK's for a range of
 eigenvalues (`lapack_subset`) where it is enough.
 
-Measured against the eigendecomposition on one core (n = 512 to 2048, k = 16 to 128, `benchmarks/partial_solver.py`):
+Measured against the whole eigendecomposition on one core (n = 512 to 2048, k = 16 to 128,
+`benchmarks/partial_solver.py`):
 the largest of a spectrum that falls (inputs of a power law, outlier channels) in 1/6 to 1/2 of its time, and where the
 spectrum is flat (a random weight, no covariance) giving up cost 5 to 25 % on top of it for k ≤ n/16. The smallest lie
 in a flat bulk more often than not, and two Cholesky decompositions and an inverse are half of an eigendecomposition:
-found, they took 0.6 to 1.9 of its time, and giving up cost 35 to 100 %. `expected_faster` is that, in one line.
+found, they took 0.6 to 1.9 of its time, and giving up cost 35 to 100 %. LAPACK's range solver takes half of it or less
+whatever the spectrum, and is as fast as the Krylov space up to n = 2048; at 4096 (k = 64, one core) it took 4.7 s, the
+Krylov space 2.3 to 4.3 s where it answered and 0.7 s where it did not. `expected_faster` is all that.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
-if TYPE_CHECKING:
-    from threadpoolctl import ThreadpoolController
+from harness.decomposition.lapack import symmetric_subset
 
 Solver = Literal["auto", "gram", "svd", "partial"]
 Needed = Literal["all", "first", "rest"]  # of all components: those before the cut, those after it
@@ -83,51 +84,42 @@ def needed_eigenpairs(G: torch.Tensor, cuts: Sequence[int], needed: Needed, solv
     end: End = "largest" if needed == "first" else "smallest"
     counts = cuts if needed == "first" else [len(G) - cut for cut in cuts]
     found = None
-    if solver == "partial" or expected_faster(len(G), max(counts), end):
+    if solver == "partial" or expected_faster(len(G), max(counts), end, G.device):
         found = partial_eigen(G, counts, end)
     if found is None and G.device.type == "cpu" and 0 < SUBSET_SHARE * max(counts) <= len(G):
         found = lapack_subset(G, counts, end)
     return found
 
 
-def lapack_subset(G: torch.Tensor, counts: Sequence[int], end: End) -> PartialEigen | None:
+def lapack_subset(
+    G: torch.Tensor, counts: Sequence[int], end: End, largest: float | None = None
+) -> PartialEigen | None:
     """What `partial_eigen` finds, by LAPACK's ``syevr`` for a range of eigenvalues; None where G is not finite.
+
+    ``largest``: λ₁ where the caller knows it and asks for the other end.
 
     It reduces the whole of G (n, n, float64, on the CPU) to tridiagonal form, which is about half of the full
     decomposition's time, and spares the rest. A direct method: its ``gram_error`` may be above the limit, but no other
     decomposition of G would do better.
     """
-    from scipy.linalg import eigh
-
     cuts = sorted({count for count in counts if count > 0})
     n, k = len(G), cuts[-1]
     wanted = [n - k - 1, n - 1] if end == "largest" else [0, k]  # one more: the gap at the cut
     if not bool(G.isfinite().all()):
         return None
-    with _blas_threads().limit(limits=1, user_api="blas"):
-        found = eigh(G.numpy(), subset_by_index=wanted, driver="evr", check_finite=False)
-    values, X = (torch.from_numpy(part) for part in found)
+    values, X = symmetric_subset(G, *wanted)
     if end == "largest":
         values, X = values.flip(0), X.flip(1)
-    top = float(values[0]) if end == "largest" else largest_eigenvalue(G)
+        largest = float(values[0])
+    elif largest is None:
+        largest = largest_eigenvalue(G)
     gaps = [abs(float(values[cut - 1] - values[cut])) for cut in cuts]
-    gram_error = _EPSILON * top / min(gaps) if min(gaps) > 0 else math.inf
+    gram_error = _EPSILON * largest / min(gaps) if min(gaps) > 0 else math.inf
     beyond, values, X = float(values[k]), values[:k], X[:, :k]
     residual = float((G @ X - X * values).norm()) / max(min(gaps), 1e-300)
     if end == "smallest":
         values, X = values.flip(0), X.flip(1)
-    return PartialEigen(values.contiguous(), X.contiguous(), beyond, top, residual, gram_error)
-
-
-@cache
-def _blas_threads() -> "ThreadpoolController":
-    """What sets the number of threads of scipy's BLAS: several get in the way of torch's, which wait spinning.
-
-    For n = 1024 on two cores 98 ms with one thread, 203 with two, and seconds where other work runs.
-    """
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController()
+    return PartialEigen(values.contiguous(), X.contiguous(), beyond, largest, residual, gram_error)
 
 
 def leading_eigenvectors(C: torch.Tensor, k: int, solver: Solver) -> torch.Tensor:
@@ -150,9 +142,14 @@ def estimated_gram_error(squares: torch.Tensor, cut: int) -> float:
     return noise / gap if gap > 0 else float("inf")
 
 
-def expected_faster(n: int, k: int, end: End) -> bool:
-    """Whether `partial_eigen` is worth trying for k eigenpairs of an (n, n) matrix of unknown spectrum; measured."""
-    return end == "largest" and n >= 1024 and 16 * k <= n
+def expected_faster(n: int, k: int, end: End, device: torch.device) -> bool:
+    """Whether `partial_eigen` is worth trying for k eigenpairs of an (n, n) matrix of unknown spectrum; measured.
+
+    On the CPU the alternative is LAPACK's range solver, elsewhere the whole eigendecomposition.
+    """
+    if end == "smallest":
+        return False
+    return n >= 4096 and 32 * k <= n if device.type == "cpu" else n >= 1024 and 16 * k <= n
 
 
 def partial_eigen(G: torch.Tensor, counts: int | Sequence[int], end: End) -> PartialEigen | None:

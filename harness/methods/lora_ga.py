@@ -9,6 +9,7 @@ PEFT's version differs: B₀ is multiplied by the gradient's own singular values
 the loss, and `stable` and `weight_svd` scale B₀ alone. ``formula: peft`` calls it.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from harness.errors import UserError
 from harness.methods.base import AdapterInit, Statistics, StatisticsRequest
 from harness.methods.lora import LoRA, LoRAOptions
 from harness.models.targets import Layer
+
+_generators = threading.Lock()
 
 
 class LoRAGAOptions(LoRAOptions):
@@ -140,7 +143,8 @@ class LoRAGA(LoRA):
 
         config = LoraGAConfig(self.options.direction, self.options.scale, self.options.stable_gamma)
         # PEFT draws from the global generators (randomised SVD, `random`): lend it them, seeded, and take them back.
-        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+        # There is one of them for all threads that work on layers.
+        with _generators, torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
             torch.manual_seed(seed)
             return peft_factors(
                 weight, rank, self.scaling(), gradient=G, init_lora_weights="lora_ga", lora_ga_config=config

@@ -4,7 +4,7 @@ Resident: the whole model on every rank, hooks on all layers. Streamed: one deco
 Every statistic ends on the one rank that owns it, which writes its file.
 """
 
-import os
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
@@ -21,7 +21,7 @@ from harness.data.collation import Batch, collate
 from harness.data.sampling import sample, seed_for
 from harness.data.tokenisation import Row
 from harness.errors import UserError
-from harness.measurement import available_memory, measured
+from harness.measurement import measured
 from harness.memory import freed_at_once
 from harness.methods.base import StatisticsRequest
 from harness.methods.registry import method_class, required_statistics
@@ -34,6 +34,7 @@ from harness.models.weights import BaseWeights, empty_model
 from harness.run_directory import RunDirectory
 from harness.statistics.kept import KeptStatistics
 from harness.statistics.loss import Labels
+from harness.statistics.products import UpperTriangle
 from harness.statistics.reduction import Reduction
 from harness.statistics.resident import collect_resident
 from harness.statistics.statistic import Kind, Statistic
@@ -41,9 +42,10 @@ from harness.statistics.store import StatisticsWriter
 from harness.statistics.streamed import collect_streamed
 from harness.tasks.base import Task
 from harness.tasks.registry import load_task
-from harness.training.distributed import barrier, rank, share, training_device, world_size
+from harness.training.distributed import available_to_a_rank, barrier, rank, share, training_device, world_size
 
 BATCH_ROWS = 8
+CPU_BATCH_TOKENS = 1024  # with padding, of several rows: more are hardly faster there, and activations take memory
 RESIDENT_SHARE = 0.5  # of the memory available to a rank: the rest is for activations
 
 
@@ -246,11 +248,26 @@ class _Work:
         }
 
     def _batches(self, number: int) -> list[list[Row]]:
-        rows = self._rounds[number]
-        return share([rows[start : start + BATCH_ROWS] for start in range(0, len(rows), BATCH_ROWS)])
+        most = CPU_BATCH_TOKENS if self._device.type == "cpu" else math.inf
+        return share(in_batches(self._rounds[number], most))
 
     def _of(self, *numbers: int) -> str:
         return f"round {numbers[0] + 1}/{len(self._rounds)}, " if len(numbers) < len(self._rounds) else ""
+
+
+def in_batches(rows: Sequence[Row], most_tokens: float) -> list[list[Row]]:
+    """``rows`` in their order, at most `BATCH_ROWS` together, and at most ``most_tokens`` with padding if several."""
+    batches: list[list[Row]] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, len(row.input_ids))
+        together = len(batches[-1]) if batches else 0
+        if 0 < together < BATCH_ROWS and (together + 1) * longest <= most_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+            longest = len(row.input_ids)
+    return batches
 
 
 def streams(
@@ -266,7 +283,7 @@ def streams(
     if config.init.collection == "streamed":
         decoder_blocks(model, list(modules))
         return True
-    needed, available = resident_bytes(config, model, modules, kinds), available_to_a_rank(device)
+    needed, available = resident_bytes(config, model, modules, kinds, device), available_to_a_rank(device)
     decision = [needed > RESIDENT_SHARE * available]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(decision)
@@ -282,21 +299,17 @@ def streams(
     return True
 
 
-def resident_bytes(config: RunConfig, model: nn.Module, modules: dict[str, nn.Linear], kinds: Sequence[Kind]) -> int:
+def resident_bytes(
+    config: RunConfig, model: nn.Module, modules: dict[str, nn.Linear], kinds: Sequence[Kind], device: torch.device
+) -> int:
     """Bytes of all weights and statistics at once, as if no two layers shared an input."""
     weights = sum(p.numel() for p in model.parameters()) * getattr(torch, config.model.dtype).itemsize
     sizes = {
-        "input_covariance": lambda layer: layer.in_features**2,
-        "output_gradient_covariance": lambda layer: layer.out_features**2,
+        "input_covariance": lambda layer: UpperTriangle.numbers(layer.in_features, device),
+        "output_gradient_covariance": lambda layer: UpperTriangle.numbers(layer.out_features, device),
         "weight_gradient": lambda layer: layer.in_features * layer.out_features,
     }
     return weights + 4 * sum(sizes[kind](layer) for kind in kinds for layer in modules.values())
-
-
-def available_to_a_rank(device: torch.device) -> int:
-    """Bytes: of this rank's accelerator, or this machine's divided by the ranks on it."""
-    local = next((int(os.environ[key]) for key in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if key in os.environ), None)
-    return available_memory(device) // (1 if device.type == "cuda" else local or world_size())
 
 
 def held(device: torch.device) -> str:

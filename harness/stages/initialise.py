@@ -1,8 +1,9 @@
 """init: rank and adapter tensors of every target layer at step 0, layers divided among the ranks.
 
-Weights are read from the base model's files, one layer at a time, the next one while this one is decomposed: no rank
-ever holds the model. Layers go to ranks by what they cost. Every finished layer is a file in the staging folder, so
-that a run that was killed goes on where it was (`harness.stages.layer_store`).
+Weights are read from the base model's files, a layer at a time, the next one while others are decomposed: no rank ever
+holds the model. Layers go to ranks by what they cost; on a CPU a rank works on several at a time
+(`harness.stages.side_by_side`). Every finished layer is a file in the staging folder, so that a run that was killed
+goes on where it was (`harness.stages.layer_store`).
 """
 
 import math
@@ -33,8 +34,9 @@ from harness.reporting.ranks import draw_ranks
 from harness.run_directory import RunDirectory
 from harness.stages.layer_store import LayerStore, read_kept
 from harness.stages.plan import layer_cost
+from harness.stages.side_by_side import layers_at_a_time, side_by_side
 from harness.statistics.store import INDEX, StatisticsReader
-from harness.training.distributed import barrier, rank, training_device, world_size
+from harness.training.distributed import available_to_a_rank, barrier, rank, training_device, world_size
 from harness.training.ownership import assign_by_cost
 
 SUBTRACTED = "subtracted"  # folder in init/ of the blocks taken out of the base where they are not the adapter's own
@@ -102,17 +104,22 @@ class LayerSource:
         self._device = training_device()
         modules = adapted_modules(self._model, config.model, method.adapts_convolutions)
         self.layers = describe(modules)
-        costs = [layer_cost(method, layer).total for layer in self.layers]
+        every = [layer_cost(method, layer) for layer in self.layers]
+        costs = [cost.total for cost in every]
         owners = assign_by_cost(costs, world_size())
         order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))  # longest first
-        self.mine = [self.layers[i] for i in order if owners[i] == rank()]
+        own = [i for i in order if owners[i] == rank()]
+        self.mine = [self.layers[i] for i in own]
+        self.at_a_time = layers_at_a_time(
+            self._device, [every[i].bytes for i in own], available_to_a_rank(self._device)
+        )
 
     @cached_property
     def _weights(self) -> BaseWeights:
         return BaseWeights(self._config.model, self._model)
 
     def loaded(self, layers: Sequence[Layer]) -> Iterator[LoadedLayer]:
-        """``layers`` with their weights; the next one is read from disk, and checked, while this one is worked on."""
+        """``layers`` with their weights; the next one is read from disk, and checked, while others are worked on."""
         with ThreadPoolExecutor(1, "weights") as reader:
             waiting = [reader.submit(self._load, layer) for layer in layers[:1]]
             for following in [*layers[1:], None]:
@@ -157,22 +164,32 @@ def _write_candidates(config: RunConfig, method: Method, run: RunDirectory, stag
         check_ranks(layers, given)
 
     kept: list[dict[str, str]] = [{} for _ in candidates]
-    with work_bar("init", len(source.mine)) as bar:
-        for loaded in source.loaded(source.mine):
-            name = loaded.layer.name
-            bar(0, f"{name}, weight of {in_words(loaded.weight.nbytes)}")
-            for candidate, given, own in zip(candidates, ranks, kept, strict=True):
-                content = loaded.content | {
-                    "rank": given.get(name, 0),
-                    "finding": findings[name],
-                    "options": candidate.options.model_dump(mode="json"),
-                }
-                file = store.adapter(content)
-                if file is None:
-                    tensors, report = _decomposed(config, candidate, loaded, given.get(name, 0), statistics, findings)
-                    file = store.keep_adapter(content, tensors, report)
-                own[name] = str(file)
-            bar(1, name)
+    with work_bar("init", len(source.mine) * len(candidates)) as bar:
+
+        def missing() -> Iterator[tuple[LoadedLayer, int, dict[str, Any]]]:
+            for loaded in source.loaded(source.mine):
+                name = loaded.layer.name
+                bar(0, f"{name}, weight of {in_words(loaded.weight.nbytes)}")
+                for number, (candidate, given) in enumerate(zip(candidates, ranks, strict=True)):
+                    content = loaded.content | {
+                        "rank": given.get(name, 0),
+                        "finding": findings[name],
+                        "options": candidate.options.model_dump(mode="json"),
+                    }
+                    file = store.adapter(content)
+                    if file is None:
+                        yield loaded, number, content
+                    else:
+                        kept[number][name] = str(file)
+                        bar(1, name)
+
+        def decomposed(job: tuple[LoadedLayer, int, dict[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+            loaded, number, content = job
+            return _decomposed(config, candidates[number], loaded, content["rank"], statistics, findings)
+
+        for (loaded, number, content), (tensors, report) in side_by_side(decomposed, missing(), source.at_a_time):
+            kept[number][loaded.layer.name] = str(store.keep_adapter(content, tensors, report))
+            bar(1, loaded.layer.name)
     gathered: list[Any] = [kept] * world_size()
     if torch.distributed.is_initialized():
         torch.distributed.all_gather_object(gathered, kept)
@@ -246,13 +263,24 @@ def examine(
     options = method.options.model_dump(mode="json")
     mine: dict[str, dict[str, Any]] = {}
     with work_bar("examine", len(source.mine)) as bar:
-        for loaded in source.loaded(source.mine):
-            bar(0, loaded.layer.name)
-            content = loaded.content | {"options": options}
-            finding = store.finding(content)
-            if finding is None:
-                finding = method.examine(loaded.layer, loaded.weight, statistics)
-                store.keep_finding(content, finding)
+
+        def missing() -> Iterator[tuple[LoadedLayer, dict[str, Any]]]:
+            for loaded in source.loaded(source.mine):
+                name = loaded.layer.name
+                bar(0, name)
+                content = loaded.content | {"options": options}
+                finding = store.finding(content)
+                if finding is None:
+                    yield loaded, content
+                else:
+                    mine[name] = finding
+                    bar(1, name)
+
+        def examined(job: tuple[LoadedLayer, dict[str, Any]]) -> dict[str, Any]:
+            return method.examine(job[0].layer, job[0].weight, statistics)
+
+        for (loaded, content), finding in side_by_side(examined, missing(), source.at_a_time):
+            store.keep_finding(content, finding)
             mine[loaded.layer.name] = finding
             bar(1, loaded.layer.name)
     found = [mine] * world_size()

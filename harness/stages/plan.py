@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.config import RunConfig
-from harness.measurement import in_words
+from harness.measurement import available_memory, in_words
 from harness.methods.base import Method
 from harness.methods.registry import build_method
 from harness.models.targets import Layer, adapted_modules, describe
 from harness.models.weights import empty_model
+from harness.stages.side_by_side import layers_at_a_time
 from harness.training.distributed import training_device
 from harness.training.ownership import assign_by_cost
 
@@ -100,13 +101,16 @@ def print_plan(config: RunConfig, ranks: int) -> None:
     if not console.is_terminal:  # a file or a pipe has no width to fit
         console = Console(width=120, highlight=False)
     console.print(table)
+    device = training_device()
     for owner in range(ranks):
         mine = [own for own in planned if own.owner == owner]
         if mine:
-            seconds, held = sum(own.seconds for own in mine), max(own.bytes for own in mine)
+            sizes = sorted((own.bytes for own in mine), reverse=True)
+            at_a_time = layers_at_a_time(device, sizes, available_memory(device) // ranks)
+            together = "a layer" if at_a_time == 1 else f"{at_a_time} layers at a time"
             console.print(
-                f"rank {owner}: {len(mine)} layers, {time_class(seconds)} in all, at most {in_words(held)} for a layer "
-                "and the weight of the next"
+                f"rank {owner}: {len(mine)} layers, {time_class(sum(own.seconds for own in mine))} in all, at most "
+                f"{in_words(sum(sizes[:at_a_time]))} for {together} and the weight of the next"
             )
     weights = sum(math.prod(own.layer.shape) for own in planned)
     console.print(

@@ -11,11 +11,11 @@ from torch import nn
 from harness.data.collation import LABELS, Batch, model_inputs
 from harness.errors import UserError
 from harness.models.targets import reads_images
-from harness.statistics.products import add_gram, add_product
+from harness.statistics.products import UpperTriangle, add_product
 from harness.statistics.statistic import Kind
 from harness.tasks.objectives import NEXT_TOKEN, Objective
 
-Sums = dict[str, dict[str, torch.Tensor]]  # kind → layer (of inputs: first of its group) → sum
+Sums = dict[str, dict[str, torch.Tensor | UpperTriangle]]  # kind → layer (of inputs: first of its group) → sum
 Quantity = Kind | Literal["mean_absolute_input"]
 OF_INPUTS: tuple[Quantity, ...] = ("input_covariance", "mean_absolute_input")
 SYMMETRIC: tuple[Quantity, ...] = ("input_covariance", "output_gradient_covariance")
@@ -86,7 +86,12 @@ class Collector:
             "weight_gradient": {n: (m.out_features, m.in_features) for n, m in self.modules.items()},
         }
         self.sums: Sums = {
-            kind: {name: torch.zeros(shape, device=self.device) for name, shape in shapes[kind].items()}
+            kind: {
+                name: UpperTriangle(shape[0], self.device)
+                if kind in SYMMETRIC
+                else torch.zeros(shape, device=self.device)
+                for name, shape in shapes[kind].items()
+            }
             for kind in self.kinds
         }
         self.real = dict.fromkeys(self.modules, 0)  # rows of each layer, of inputs: of its group's first one
@@ -178,10 +183,10 @@ class Collector:
     @torch.no_grad()
     def _add(self, kind: Quantity, name: str, left_TD: torch.Tensor, right_TD: torch.Tensor) -> None:
         total = self.sums[kind][name]
-        if kind in SYMMETRIC:
-            add_gram(total, left_TD)
+        if isinstance(total, UpperTriangle):
+            total.add(left_TD)
             # A NaN or inf in any entry of channel j reaches entry j of the diagonal: d numbers tell about T·d.
-            check = total.diagonal().sum()
+            check = total.trace()
         else:
             if kind == "weight_gradient":
                 add_product(total, left_TD, right_TD)

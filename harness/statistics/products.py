@@ -1,6 +1,7 @@
 """Sums of products over tokens, cheaply: half of a symmetric matrix, exact products in the model's dtype.
 
-A Gram matrix Σ_t x_t x_tᵀ is added up above its diagonal alone, in row blocks; `mirror` fills in the rest, once.
+A Gram matrix Σ_t x_t x_tᵀ is kept and added up above its diagonal alone, in row blocks (`UpperTriangle`); the rest is
+filled in once, at the end.
 
 The products of two bf16 numbers are exact in fp32. So of bf16 rows the accelerator multiplies bf16 and adds up in fp32;
 on the CPU oneDNN does the same when it may treat fp32 operands as bf16 ones, which here they are. (A bf16 matmul would
@@ -19,33 +20,54 @@ import torch
 CPU_BLOCK, ACCELERATOR_BLOCK = 256, 1024
 
 
-def add_gram(total_DD: torch.Tensor, rows_TD: torch.Tensor) -> None:
-    """Add rowsᵀ·rows to the upper triangle of ``total_DD``, in place; below the block diagonal nothing changes."""
-    for upper, columns in row_blocks(total_DD):
-        _add(upper, rows_TD[:, columns].T, rows_TD[:, columns.start :])
-
-
 def add_product(total_LR: torch.Tensor, left_TL: torch.Tensor, right_TR: torch.Tensor) -> None:
     """Add leftᵀ·right to ``total_LR``, in place."""
     _add(total_LR, left_TL.T, right_TR)
 
 
-def mirror(total_DD: torch.Tensor) -> torch.Tensor:
-    """Copy what is above the diagonal below it, in place."""
-    for upper, columns in row_blocks(total_DD):
-        width = columns.stop - columns.start
-        square = upper[:, :width].triu()
-        upper[:, :width] = square + square.triu(1).T
-        total_DD[columns.stop :, columns] = upper[:, width:].T
-    return total_DD
+class UpperTriangle:
+    """A Gram matrix Σ_t x_t x_tᵀ (size, size), fp32, of which only row blocks from the diagonal on are there.
+
+    ``blocks``: block i holds rows from ``starts[i]`` on and the columns from ``starts[i]`` on; of the triangle inside
+    the block on the diagonal both halves.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.size = size
+        step = _step(device)
+        self.starts = range(0, size, step)
+        self.blocks = [torch.zeros(min(step, size - start), size - start, device=device) for start in self.starts]
+
+    @staticmethod
+    def numbers(size: int, device: torch.device) -> int:
+        """How many numbers a triangle of ``size`` takes on ``device``."""
+        step = _step(device)
+        return sum(min(step, size - start) * (size - start) for start in range(0, size, step))
+
+    def add(self, rows_TD: torch.Tensor) -> None:
+        """Add rowsᵀ·rows."""
+        for start, block in zip(self.starts, self.blocks, strict=True):
+            _add(block, rows_TD[:, start : start + len(block)].T, rows_TD[:, start:])
+
+    def trace(self) -> torch.Tensor:
+        """The sum of the diagonal, on the device. A NaN or inf in any row that was added makes it one."""
+        return torch.stack([block.diagonal().sum() for block in self.blocks]).sum()
+
+    def whole(self) -> torch.Tensor:
+        """The whole matrix, exactly symmetric; the triangle is given up block by block on the way."""
+        total_DD = self.blocks[0].new_empty(self.size, self.size)
+        for start in reversed(self.starts):
+            block = self.blocks.pop()
+            stop = start + len(block)
+            square = block[:, : len(block)].triu()
+            total_DD[start:stop, start:stop] = square + square.triu(1).T
+            total_DD[start:stop, stop:] = block[:, len(block) :]
+            total_DD[stop:, start:stop] = block[:, len(block) :].T
+        return total_DD
 
 
-def row_blocks(total_DD: torch.Tensor) -> Iterator[tuple[torch.Tensor, slice]]:
-    """Views of the upper triangle, (block, columns from the block on), each with the columns of its diagonal block."""
-    size, step = len(total_DD), CPU_BLOCK if total_DD.device.type == "cpu" else ACCELERATOR_BLOCK
-    for start in range(0, size, step):
-        columns = slice(start, min(start + step, size))
-        yield total_DD[columns, start:], columns
+def _step(device: torch.device) -> int:
+    return CPU_BLOCK if device.type == "cpu" else ACCELERATOR_BLOCK
 
 
 def _add(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from harness.errors import UserError
-from harness.statistics.collector import OF_INPUTS, SYMMETRIC, Collector, Sums
-from harness.statistics.products import mirror, row_blocks
+from harness.statistics.collector import OF_INPUTS, Collector, Sums
+from harness.statistics.products import UpperTriangle
 from harness.training.distributed import rank, world_size
 from harness.training.ownership import assign_by_cost
 
@@ -44,14 +44,15 @@ class Reduction:
     def owned(self, sums: Sums) -> Iterator[tuple[str, str, torch.Tensor]]:
         """Kind, layer and whole sum of what this rank owns; ``sums`` is emptied on the way. Collective."""
         names = [(kind, name) for kind, own in sums.items() for name in own]
-        owners = dict(zip(names, self._owners([sums[kind][name].numel() for kind, name in names]), strict=True))
+        sizes = [sum(piece.numel() for piece in _pieces(sums[kind][name])) for kind, name in names]
+        owners = dict(zip(names, self._owners(sizes), strict=True))
         for kind, name in names:
             total = sums[kind].pop(name)
             if world_size() > 1:
-                for piece in [p for p, _ in row_blocks(total)] if kind in SYMMETRIC else [total]:
+                for piece in _pieces(total):
                     self._reduce(piece, owners[kind, name])
             if self._everywhere or owners[kind, name] == rank():
-                yield kind, name, mirror(total) if kind in SYMMETRIC else total
+                yield kind, name, total.whole() if isinstance(total, UpperTriangle) else total
             del total
 
     def _owners(self, costs: list[int]) -> list[int]:
@@ -62,17 +63,19 @@ class Reduction:
         return owners
 
     def _reduce(self, piece: torch.Tensor, owner: int) -> None:
-        size, whole = piece.numel() * piece.element_size(), piece.contiguous()
+        size = piece.numel() * piece.element_size()
         if self._everywhere:
-            dist.all_reduce(whole)
+            dist.all_reduce(piece)
             self.given += size * (world_size() - 1)
             self.taken += size * (world_size() - 1)
         else:
-            dist.reduce(whole, owner)
+            dist.reduce(piece, owner)
             self.given += size if owner != rank() else 0
             self.taken += size * (world_size() - 1) if owner == rank() else 0
-        if whole is not piece:
-            piece.copy_(whole)
+
+
+def _pieces(total: torch.Tensor | UpperTriangle) -> list[torch.Tensor]:
+    return total.blocks if isinstance(total, UpperTriangle) else [total]
 
 
 def token_counts(collector: Collector) -> Counts:

@@ -27,8 +27,8 @@ def collect_resident(
 ) -> Iterator[tuple[Quantity, str, torch.Tensor, int]]:
     """Collect ``kinds`` over all ranks' batches in one pass per batch, then yield what this rank owns, one at a time.
 
-    All sums are resident on the model's device at once, in fp32: for a 7B Llama 22 GB of input covariances and 42 GB of
-    output-gradient covariances. Dropout is off, and the model is left as it was.
+    All sums are resident on the model's device at once, in fp32: for a 7B Llama 12 GB of input covariances and 24 GB of
+    output-gradient covariances (half of each matrix). Dropout is off, and the model is left as it was.
 
     Args:
         modules: target layers by name.

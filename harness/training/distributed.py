@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from harness.errors import UserError
+from harness.measurement import available_memory
 
 T = TypeVar("T")
 SUPERVISOR = "PALIMPSEST_SUPERVISOR_PID"
@@ -66,6 +67,12 @@ def rank() -> int:
 def world_size() -> int:
     """How many ranks there are; 1 outside a gang."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def available_to_a_rank(device: torch.device) -> int:
+    """Bytes: of this rank's accelerator, or this machine's divided by the ranks on it."""
+    local = next((int(os.environ[key]) for key in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if key in os.environ), None)
+    return available_memory(device) // (1 if device.type == "cuda" else local or world_size())
 
 
 def barrier() -> None:

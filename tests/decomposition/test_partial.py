@@ -258,14 +258,16 @@ def test_needed_side_is_that_part_of_all() -> None:
 
 
 def test_auto_tries_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Krylov space from 1024 and a rank of a sixteenth on; on the CPU LAPACK's range solver up to a quarter."""
+    """A Krylov space for large matrices and small ranks; else, on the CPU, LAPACK's range solver up to a quarter."""
     generator = torch.Generator().manual_seed(0)
     M = torch.randn(1024, 1024, generator=generator, dtype=torch.float64)
     falling = (torch.arange(1, 1025).double() ** -0.8)[:, None] * M
     assert plain_svd(falling, 16, "auto", "first").solver == "partial"
     assert plain_svd(falling, 16, "gram", "first").solver == "gram"
-    assert not partial.expected_faster(1024, 65, "largest")
-    assert not partial.expected_faster(1024, 16, "smallest")
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    asked = [(4096, 128, cpu), (4096, 129, cpu), (4095, 16, cpu), (1024, 64, cuda), (1024, 65, cuda), (1023, 16, cuda)]
+    assert [partial.expected_faster(n, k, "largest", device) for n, k, device in asked] == [True, False, False] * 2
+    assert not any(partial.expected_faster(n, k, "smallest", device) for n, k, device in asked)
     assert plain_svd(falling[:256], 4, "auto").solver == "gram"
     monkeypatch.setattr(partial, "_ritz", lambda *_: pytest.fail("a Krylov space"))
     for needed, cut in (("first", 64), ("rest", 192)):

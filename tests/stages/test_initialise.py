@@ -250,6 +250,27 @@ def test_peak_of_a_phase() -> None:
     ]
 
 
+def test_peak_of_phases_in_each_other() -> None:
+    """The outer phase knows of the peak in an inner one, and an inner one not of what was before."""
+    from harness.measurement import measured
+
+    def use(mib: int) -> None:
+        torch.ones(mib * 2**18).add(1)  # twice as much
+
+    with measured() as outer:
+        with measured() as first:
+            use(64)
+        with measured() as second:
+            use(8)
+    assert 120 * 2**20 < first.peak_bytes < 2**30 and second.peak_bytes < 60 * 2**20
+    assert first.peak_bytes * 0.9 < outer.peak_bytes < 2**30
+    with measured() as outer:
+        use(64)
+        with measured() as first:
+            use(8)
+    assert outer.peak_bytes > 120 * 2**20 > 2 * first.peak_bytes
+
+
 def test_print_once(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 

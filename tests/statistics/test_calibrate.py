@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from transformers import OPTConfig
 from harness.config import ModelConfig, RunConfig, resolve
 from harness.data.sampling import sample
 from harness.data.sources import read_examples
-from harness.data.tokenisation import tokenise
+from harness.data.tokenisation import Row, tokenise
 from harness.errors import UserError
 from harness.models.loading import load_model, load_tokenizer
 from harness.models.targets import target_modules
 from harness.run_directory import RunDirectory
-from harness.stages.calibrate import calibrate
+from harness.stages.calibrate import BATCH_ROWS, calibrate, in_batches
 from harness.statistics.statistic import Statistic
 from harness.statistics.store import StatisticsReader
 from tests.statistics.direct import direct_covariances
@@ -215,3 +216,22 @@ def test_the_models_files_decide(
         capsys.readouterr()
         run(base_config)
         assert ("from the cache" in capsys.readouterr().err) == (not changed)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most", "sizes"),
+    [
+        ([3] * 20, math.inf, [8, 8, 4]),
+        ([3] * 5, 9, [3, 2]),
+        ([2, 2, 6, 1, 1], 8, [2, 1, 2]),  # with padding three rows of 6 would be 18, and of 1 and 6 12
+        ([50, 1, 50], 10, [1, 1, 1]),  # a row that is too long by itself stands alone
+        ([], 10, []),
+        ([0] * 9, 10, [8, 1]),  # rows of images have no tokens
+    ],
+)
+def test_rows_go_in_their_order_and_not_too_many_at_once(lengths: list[int], most: float, sizes: list[int]) -> None:
+    rows = [Row([number] * length, []) for number, length in enumerate(lengths)]
+    batches = in_batches(rows, most)
+    assert [row for batch in batches for row in batch] == rows
+    assert [len(batch) for batch in batches] == sizes
+    assert max(sizes, default=0) <= BATCH_ROWS

@@ -191,16 +191,17 @@ def our_adapters(model: Any, covariances: dict[str, Any], solver: str, mode: str
     from harness.methods.registry import build_method
     from harness.models.targets import Layer, describe
     from harness.stages.plan import layer_cost
-    from harness.stages.side_by_side import layers_at_a_time, side_by_side
+    from harness.stages.side_by_side import begin_order, layers_at_a_time, side_by_side
 
     method = build_method({"name": "corda", "mode": mode, "rank": RANK}, 0)
     method.solver = solver
     modules = target_layers(model)
     held = Held(covariances)
-    costs = {layer.name: layer_cost(method, layer) for layer in describe(modules)}
-    layers = sorted(describe(modules), key=lambda layer: -costs[layer.name].total)
+    layers = describe(modules)
+    costs = [layer_cost(method, layer) for layer in layers]
     cpu = torch.device("cpu")
-    workers = layers_at_a_time(cpu, [cost.bytes for cost in costs.values()], available_memory(cpu))
+    workers = layers_at_a_time(cpu, [cost.bytes for cost in costs], available_memory(cpu))
+    layers = [layers[i] for i in begin_order([cost.on_cpu for cost in costs], workers)]
 
     def adapter(layer: Layer) -> Any:
         return method.initialise(layer, modules[layer.name].weight.detach(), RANK, held, {})

@@ -34,7 +34,7 @@ from harness.reporting.ranks import draw_ranks
 from harness.run_directory import RunDirectory
 from harness.stages.layer_store import LayerStore, read_kept
 from harness.stages.plan import layer_cost
-from harness.stages.side_by_side import layers_at_a_time, side_by_side
+from harness.stages.side_by_side import begin_order, layers_at_a_time, side_by_side
 from harness.statistics.store import INDEX, StatisticsReader
 from harness.training.distributed import available_to_a_rank, barrier, rank, training_device, world_size
 from harness.training.ownership import assign_by_cost
@@ -105,14 +105,12 @@ class LayerSource:
         modules = adapted_modules(self._model, config.model, method.adapts_convolutions)
         self.layers = describe(modules)
         every = [layer_cost(method, layer) for layer in self.layers]
-        costs = [cost.total for cost in every]
-        owners = assign_by_cost(costs, world_size())
-        order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))  # longest first
-        own = [i for i in order if owners[i] == rank()]
-        self.mine = [self.layers[i] for i in own]
-        self.at_a_time = layers_at_a_time(
-            self._device, [every[i].bytes for i in own], available_to_a_rank(self._device)
-        )
+        owners = assign_by_cost([cost.total for cost in every], world_size())
+        own = [i for i, owner in enumerate(owners) if owner == rank()]
+        available = available_to_a_rank(self._device)
+        self.at_a_time = layers_at_a_time(self._device, [every[i].bytes for i in own], available)
+        order = begin_order([every[i].on_cpu for i in own], self.at_a_time)
+        self.mine = [self.layers[own[place]] for place in order]
 
     @cached_property
     def _weights(self) -> BaseWeights:

@@ -40,6 +40,11 @@ class LayerCost:
         """One number to share layers out by."""
         return self.products + self.eigen
 
+    @property
+    def on_cpu(self) -> float:
+        """One number for the time on a core, where an eigendecomposition's 9 n³ are done three times as fast."""
+        return self.products + self.eigen / 3
+
 
 def layer_cost(method: Method, layer: Layer, dtype: torch.dtype = torch.float32) -> LayerCost:
     """What initialising one layer takes: float64 inside, from a weight in ``dtype``.

@@ -4,8 +4,10 @@ Half of a decomposition (the reduction to tridiagonal form, QR) hardly gets fast
 better used for another layer. Accelerators take one layer after the other.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from heapq import heapify, heappop, heappush
 from typing import TypeVar
 
 import torch
@@ -28,6 +30,23 @@ def layers_at_a_time(device: torch.device, sizes: Sequence[int], available: int)
         return 1
     fitting = int(SHARE * available) // max([1, *sizes])
     return max(1, min(torch.get_num_threads(), len(sizes), fitting, MOST))
+
+
+def begin_order(costs: Sequence[float], workers: int) -> list[int]:
+    """The order in which to begin layers of these ``costs``, so that the largest ones are not in memory together.
+
+    Every other worker goes from the costliest down, the others from the cheapest up, if all take the time expected.
+    One worker alone goes from the costliest down.
+    """
+    left = deque(sorted(range(len(costs)), key=lambda i: (-costs[i], i)))
+    free = [(0.0, worker) for worker in range(workers)]
+    heapify(free)
+    order = []
+    while left:
+        now, worker = heappop(free)
+        order.append(left.popleft() if worker % 2 == 0 else left.pop())
+        heappush(free, (now + costs[order[-1]], worker))
+    return order
 
 
 def side_by_side(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[tuple[T, R]]:

@@ -29,14 +29,18 @@ class UpperTriangle:
     """A Gram matrix Σ_t x_t x_tᵀ (size, size), fp32, of which only row blocks from the diagonal on are there.
 
     ``blocks``: block i holds rows from ``starts[i]`` on and the columns from ``starts[i]`` on; of the triangle inside
-    the block on the diagonal both halves.
+    the block on the diagonal both halves. All are views of one tensor: many small ones would leave holes in the heap.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size = size
         step = _step(device)
         self.starts = range(0, size, step)
-        self.blocks = [torch.zeros(min(step, size - start), size - start, device=device) for start in self.starts]
+        shapes = [(min(step, size - start), size - start) for start in self.starts]
+        parts = torch.zeros(self.numbers(size, device), device=device).split(
+            [rows * columns for rows, columns in shapes]
+        )
+        self.blocks = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     @staticmethod
     def numbers(size: int, device: torch.device) -> int:
@@ -54,15 +58,15 @@ class UpperTriangle:
         return torch.stack([block.diagonal().sum() for block in self.blocks]).sum()
 
     def whole(self) -> torch.Tensor:
-        """The whole matrix, exactly symmetric; the triangle is given up block by block on the way."""
+        """The whole matrix, exactly symmetric; the triangle is given up."""
         total_DD = self.blocks[0].new_empty(self.size, self.size)
-        for start in reversed(self.starts):
-            block = self.blocks.pop()
+        for start, block in zip(self.starts, self.blocks, strict=True):
             stop = start + len(block)
             square = block[:, : len(block)].triu()
             total_DD[start:stop, start:stop] = square + square.triu(1).T
             total_DD[start:stop, stop:] = block[:, len(block) :]
             total_DD[stop:, start:stop] = block[:, len(block) :].T
+        self.blocks.clear()
         return total_DD
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from harness.stages.side_by_side import MOST, SHARE, layers_at_a_time, side_by_side
+from harness.stages.side_by_side import MOST, SHARE, begin_order, layers_at_a_time, side_by_side
 
 CPU = torch.device("cpu")
 
@@ -85,3 +85,13 @@ def test_how_many(four_threads: None) -> None:
     assert layers_at_a_time(torch.device("cuda"), [gib] * 10, 100 * gib) == 1
     torch.set_num_threads(4 * MOST)
     assert layers_at_a_time(CPU, [1] * 100, gib) == MOST
+
+
+def test_the_order_in_which_to_begin() -> None:
+    """One from above, one from below: 9 runs beside 1, 2, 3 and most of 4, then 6 beside 5."""
+    costs = [5.0, 9.0, 1.0, 3.0, 6.0, 2.0, 4.0]
+    assert [costs[i] for i in begin_order(costs, 1)] == [9, 6, 5, 4, 3, 2, 1]
+    assert [costs[i] for i in begin_order(costs, 2)] == [9, 1, 2, 3, 4, 6, 5]
+    assert begin_order([1.0, 1.0], 1) == [0, 1]
+    assert begin_order([], 3) == []
+    assert sorted(begin_order(costs, 5)) == list(range(7))

@@ -34,7 +34,7 @@ from typing import Literal
 
 import torch
 
-from harness.decomposition.deflation import dominated, smallest_deflated
+from harness.decomposition.deflation import smallest_deflated
 from harness.decomposition.gram import gram_matrix
 from harness.decomposition.partial import (
     GRAM_ERROR_LIMIT,
@@ -49,6 +49,7 @@ from harness.decomposition.partial import (
 GRAM_VALUE_LIMIT = 1e-4
 ORTHONORMAL_LIMIT = 1e-9  # of a Cholesky QR, above which Householder's takes over
 COLUMNS = 512  # of a covariance that are held in float64 at a time
+ROWS = 256  # of a triangular factor that are multiplied at a time
 REFERENCE_DAMPING, REFERENCE_LIMIT, REFERENCE_DOUBLINGS = 0.01, 0.05, 60
 
 
@@ -124,12 +125,12 @@ def context_svd(
         return _solve(_times(W.double(), C_damped, shift), cut, solver, needed)
     # W in float64 is made anew where it is needed: held meanwhile, it would be the largest thing in memory.
     if solver != "svd" and (R := _cholesky_factor(W.double())) is not None:
-        found = _solve(_times(R, C_damped, shift), cut, solver, needed)
+        found = _solve(_triangular_times(R, C_damped, shift), cut, solver, needed)
         U = W.double() @ torch.linalg.solve_triangular(R, found.U, upper=True)
         if _orthonormal(U):
             return replace(found, U=U)
     Q, R = torch.linalg.qr(W.double())
-    found = _solve(_times(R, C_damped, shift), cut, solver, needed)
+    found = _solve(_triangular_times(R, C_damped, shift), cut, solver, needed)
     return replace(found, U=Q @ found.U)
 
 
@@ -144,8 +145,10 @@ def singular_values(W: torch.Tensor, C_damped: torch.Tensor, solver: Solver = "a
             ``auto`` here, where all values are wanted.
     """
     W64 = W.double()
-    R = torch.linalg.qr(W64, mode="r")[1] if W.shape[0] > W.shape[1] else W64
-    M = _times(R, C_damped, 0.0)
+    if W.shape[0] > W.shape[1]:
+        M = _triangular_times(torch.linalg.qr(W64, mode="r")[1], C_damped, 0.0)
+    else:
+        M = _times(W64, C_damped, 0.0)
     if solver != "svd":
         squares = torch.linalg.eigvalsh(gram_matrix(M)).flip(-1)
         noise = torch.finfo(squares.dtype).eps * float(squares[0])
@@ -159,6 +162,17 @@ def _times(R: torch.Tensor, C: torch.Tensor, shift: float) -> torch.Tensor:
     product = torch.empty_like(R)
     for first in range(0, C.shape[1], COLUMNS):
         torch.mm(R, C[:, first : first + COLUMNS].double(), out=product[:, first : first + COLUMNS])
+    return product if shift == 0 else product.add_(R, alpha=shift)
+
+
+def _triangular_times(R: torch.Tensor, C: torch.Tensor, shift: float) -> torch.Tensor:
+    """`_times` for an upper triangular R (n, n), whose zeros are left out."""
+    product = torch.empty_like(R)
+    for first in range(0, C.shape[1], COLUMNS):
+        columns = C[:, first : first + COLUMNS].double()
+        for row in range(0, len(R), ROWS):
+            rows = slice(row, row + ROWS)
+            torch.mm(R[rows, row:], columns[row:], out=product[rows, first : first + COLUMNS])
     return product if shift == 0 else product.add_(R, alpha=shift)
 
 
@@ -178,8 +192,10 @@ def _orthonormal(U: torch.Tensor) -> bool:
 def _solve(M: torch.Tensor, cut: int, solver: Solver, needed: Needed) -> ContextSVD:
     gram_error = 0.0
     if solver != "svd":
-        G = gram_matrix(M)
-        found = _partial(M, G, cut, solver, needed)
+        found = _deflated(M, cut, solver, needed)
+        if found is None:
+            G = gram_matrix(M)
+            found = needed_eigenpairs(G, [cut], needed, solver)
         if found is not None:
             gram_error = found.gram_error
             if gram_error <= GRAM_ERROR_LIMIT:
@@ -194,13 +210,12 @@ def _solve(M: torch.Tensor, cut: int, solver: Solver, needed: Needed) -> Context
     return _from_full(U, sigma, cut, needed, "svd", gram_error)
 
 
-def _partial(M: torch.Tensor, G: torch.Tensor, cut: int, solver: Solver, needed: Needed) -> PartialEigen | None:
-    """The needed eigenpairs of G = M Mᵀ alone; from a deflated M where outliers spoil G, or None."""
-    wanted = len(G) - cut
-    can_deflate = solver in ("auto", "partial") and needed == "rest" and wanted > 0 and G.device.type == "cpu"
-    if can_deflate and dominated(G) and (found := smallest_deflated(M, G, [wanted])) is not None:
-        return found
-    return needed_eigenpairs(G, [cut], needed, solver)
+def _deflated(M: torch.Tensor, cut: int, solver: Solver, needed: Needed) -> PartialEigen | None:
+    """The smallest eigenpairs of M Mᵀ where outliers would spoil it as a whole."""
+    wanted = len(M) - cut
+    if solver not in ("auto", "partial") or needed != "rest" or wanted == 0 or M.device.type != "cpu":
+        return None
+    return smallest_deflated(M, [wanted])
 
 
 def _from_partial(found: PartialEigen, needed: Needed) -> ContextSVD:

@@ -55,14 +55,13 @@ class PartialEigen:
     """``values`` (k,), descending, and ``vectors`` (n, k) of one end of a spectrum; all float64.
 
     ``beyond``: the Ritz value on the other side of the cut. ``largest``: λ₁, a Ritz value, which is never too large.
-    ``residual_error``, ``gram_error``: the largest ‖GX − XΛ‖_F / δ and ε·λ₁/δ of all cuts.
+    ``gram_error``: the largest ε·λ₁/δ of all cuts.
     """
 
     values: torch.Tensor
     vectors: torch.Tensor
     beyond: float
     largest: float
-    residual_error: float
     gram_error: float
 
 
@@ -116,10 +115,9 @@ def lapack_subset(
     gaps = [abs(float(values[cut - 1] - values[cut])) for cut in cuts]
     gram_error = _EPSILON * largest / min(gaps) if min(gaps) > 0 else math.inf
     beyond, values, X = float(values[k]), values[:k], X[:, :k]
-    residual = float((G @ X - X * values).norm()) / max(min(gaps), 1e-300)
     if end == "smallest":
         values, X = values.flip(0), X.flip(1)
-    return PartialEigen(values.contiguous(), X.contiguous(), beyond, largest, residual, gram_error)
+    return PartialEigen(values.contiguous(), X.contiguous(), beyond, largest, gram_error)
 
 
 def leading_eigenvectors(C: torch.Tensor, k: int, solver: Solver) -> torch.Tensor:
@@ -340,7 +338,7 @@ def _accepted(
         return None
     if end == "smallest":
         values, X = values.flip(0), X.flip(1)
-    return PartialEigen(values, X, float(beyond[0]), top, residual_error, gram_error)
+    return PartialEigen(values, X, float(beyond[0]), top, gram_error)
 
 
 def _is_outermost(G: torch.Tensor, X: torch.Tensor, values: torch.Tensor, middle: float, end: End) -> bool:

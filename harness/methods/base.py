@@ -6,6 +6,7 @@ optimiser step, and the exact weight update at the end.
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,14 +104,22 @@ def moved_block(
     which share of the weight's norm has moved and what the rounding to fp32 cost.
     """
     split = scaling**-0.5
-    B32, A32 = (B * split).float(), (A * split).float()
-    block = B @ A
-    rounded = scaling * (B32.double() @ A32.double())
+    B, A = B * split, A * split
+    B32, A32 = B.float(), A.float()
+    norm = product_norm(B, A)
+    # B₃₂·A₃₂ − B·A = B₃₂·(A₃₂ − A) + (B₃₂ − B)·A, in which nothing large cancels.
+    lost = product_norm(torch.cat([B32, B32 - B], dim=1), torch.cat([A32 - A, A]))
+    weight_norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
     shares = {
-        "share_of_weight": float(block.norm() / weight.double().norm().clamp_min(1e-300)),
-        "rounding_error": float((rounded - block).norm() / block.norm().clamp_min(1e-300)),
+        "share_of_weight": scaling * norm / max(weight_norm, 1e-300),
+        "rounding_error": lost / max(norm, 1e-300),
     }
     return AdapterInit(A32.cpu(), B32.cpu(), residual=True, report=report | shares)
+
+
+def product_norm(B: torch.Tensor, A: torch.Tensor) -> float:
+    """‖B·A‖ (Frobenius) of B (out, r) and A (r, in), float64, from r × r products: the trace of (BᵀB)·(AAᵀ)."""
+    return math.sqrt(max(0.0, float(((B.T @ B) * (A @ A.T)).sum())))
 
 
 class Update(Protocol):

@@ -19,7 +19,7 @@ from tests.decomposition.reference import outlier_problem, paper_block
 
 BOUND = 1e-5
 DAMPING = 0.01
-SHAPES = [(256, 256), (704, 256), (256, 704)]
+SHAPES = [(256, 256), (704, 256), (256, 704), (704, 600)]  # the last: a triangular factor of several blocks
 Factors = tuple[torch.Tensor, torch.Tensor, ContextSVD]
 
 problem = cache(outlier_problem)
@@ -129,7 +129,7 @@ def test_order_of_input_channels_is_irrelevant(shape: tuple[int, int], mode: str
     order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(1))
     B, A, plain = factors(W, C, 16, mode)
     B_permuted, A_permuted, permuted = factors(W[:, order], C[order][:, order], 16, mode)
-    assert relative(permuted.sigma, plain.sigma) <= 1e-9
+    assert relative(permuted.sigma, plain.sigma) <= 1e-8  # about √ε of σ₁: what a Gram matrix leaves of the smallest
     assert relative(B_permuted @ A_permuted, (B @ A)[:, order]) <= 1e-7
 
 

@@ -10,7 +10,7 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,12 @@ from harness.tiny.visual_world import COLOURS, KINDS, SHAPES, Scene, png, random
 
 ITEMS = 20
 SIZE = 48
+CHINESE = {
+    **{"circle": "圆形", "square": "正方形", "triangle": "三角形", "cross": "十字形", "ring": "圆环"},
+    **{"red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色", "purple": "紫色", "white": "白色"},
+    **{"northwest": "西北", "north": "北边", "northeast": "东北", "west": "西边", "centre": "中间", "east": "东边"},
+    **{"southwest": "西南", "south": "南边", "southeast": "东南"},
+}
 HERE = Path(__file__).resolve().parent
 
 Rows = list[dict[str, Any]]
@@ -53,6 +59,68 @@ def vqav2(images: dict[str, Scene]) -> Rows:
                 "question_id": 1000 * i,
                 "question": question,
                 "image": path,
+            }
+        )
+    return rows
+
+
+def gqa(images: dict[str, Scene]) -> Rows:
+    """GQA: questions with one answer each; on the hub images are a configuration of their own, by ``imageId``."""
+    rows = []
+    for i, scene, draw, path in scenes("gqa"):
+        question, answer = scene.ask(KINDS[i % len(KINDS)], draw)
+        images[path] = scene
+        rows.append(
+            {
+                "id": f"20{i:07}",
+                "imageId": f"n{i}",
+                "question": question,
+                "answer": answer,
+                "fullAnswer": f"It is {answer}.",
+                "isBalanced": True,
+                "image": path,
+            }
+        )
+    return rows
+
+
+def vizwiz(images: dict[str, Scene]) -> Rows:
+    """VizWiz: ten answers of people; every fourth question is about something that the image does not show."""
+    rows = []
+    for i, scene, draw, path in scenes("vizwiz"):
+        absent = [shape for shape in SHAPES if shape not in {thing.shape for thing in scene.things}]
+        question, answer = scene.ask(KINDS[i % 3], draw)
+        if i % 4 == 3 and absent:
+            question, answer = f"What colour is the {draw.choice(absent)}?", "unanswerable"
+        images[path] = scene
+        rows.append(
+            {
+                "question_id": f"sample_{i:08}.png",
+                "question": question,
+                "answers": [answer] * 8 + draw.sample(["unsuitable", f"a {answer}", "unanswerable"], 2),
+                "category": "unanswerable" if answer == "unanswerable" else "other",
+                "image": path,
+            }
+        )
+    return rows
+
+
+def textvqa(images: dict[str, Scene]) -> Rows:
+    """TextVQA: ten answers of people, texts alone. Its questions are about writing; ours, without any, are not."""
+    rows = []
+    for i, scene, draw, path in scenes("textvqa"):
+        question, answer = scene.ask(KINDS[i % 4], draw)
+        images[path] = scene
+        rows.append(
+            {
+                "image_id": f"{i:016x}",
+                "question_id": 35000 + i,
+                "question": question,
+                "question_tokens": question.rstrip("?").lower().split(),
+                "image": path,
+                "answers": draw.sample([answer] * 9 + [f"{answer} thing"], 10),
+                "ocr_tokens": [],
+                "set_name": "val",
             }
         )
     return rows
@@ -97,8 +165,25 @@ def scienceqa(images: dict[str, Scene]) -> Rows:
 
 def mmbench(images: dict[str, Scene]) -> Rows:
     """MMBench: five questions with four options, each asked in its four rotations, whose indices differ by 10⁶."""
+    return circular("mmbench", images, lambda text: text, "There are nine positions.")
+
+
+def mmbench_cn(images: dict[str, Scene]) -> Rows:
+    """MMBench-CN: the same form, in Chinese."""
+
+    def translated(text: str) -> str:
+        if text.startswith("What is in the "):
+            return f"{CHINESE[text.removeprefix('What is in the ').rstrip('?')]}有什么?"
+        colour, shape = text.split()
+        return f"{CHINESE[colour]}的{CHINESE[shape]}"
+
+    return circular("mmbench_cn", images, translated, "共有九个位置。")
+
+
+def circular(task: str, images: dict[str, Scene], say: Callable[[str], str], hint: str) -> Rows:
+    """Questions about places with four options, in all rotations; ``say`` puts a question or an option into words."""
     rows: Rows = []
-    for i, scene, draw, path in scenes("mmbench"):
+    for i, scene, draw, path in scenes(task):
         if i >= ITEMS // 4:
             break
         images[path] = scene
@@ -109,10 +194,10 @@ def mmbench(images: dict[str, Scene]) -> Rows:
             rows.append(
                 {
                     "index": turn * 10**6 + i,
-                    "question": question,
-                    "hint": "There are nine positions." if i % 2 else None,
+                    "question": say(question),
+                    "hint": hint if i % 2 else None,
                     "answer": "ABCD"[correct],
-                    **dict(zip("ABCD", turned, strict=True)),
+                    **dict(zip("ABCD", map(say, turned), strict=True)),
                     "category": "object_localization",
                     "image": path,
                     "source": "sample",
@@ -146,14 +231,22 @@ def pope(images: dict[str, Scene]) -> Rows:
     return rows
 
 
+SPLITS = {
+    **{vqav2: "validation", gqa: "testdev", vizwiz: "val", textvqa: "validation"},
+    **{scienceqa: "test", mmbench: "dev", mmbench_cn: "dev", pope: "test"},
+}
+
+
 def files() -> dict[str, bytes]:
     """Every sample's content by its path."""
     content = {}
-    for make, split in ((vqav2, "validation"), (scienceqa, "test"), (mmbench, "dev"), (pope, "test")):
+    for make, split in SPLITS.items():
         images: dict[str, Scene] = {}
         rows = make(images)
         folder = f"visual/{make.__name__}"
-        content[f"{folder}/{split}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        content[f"{folder}/{split}.jsonl"] = "".join(
+            json.dumps(row, ensure_ascii=False) + "\n" for row in rows
+        ).encode()
         content |= {f"{folder}/{path}": png(scene.draw(SIZE)) for path, scene in images.items()}
     return content
 

@@ -29,7 +29,7 @@ from harness.evaluation.candidates import Candidate
 from harness.evaluation.hub_data import find_files, missing_data, on_hub
 from harness.evaluation.items import Item
 from harness.evaluation.scores import CandidateScores, TaskScore
-from harness.evaluation.suites import EncoderTask, Suite, SuiteTask, read_suites
+from harness.evaluation.suites import EncoderTask, Suite, SuiteTask, VisualTask, read_suites
 from harness.evaluation.visual_engine import visual_engine, vllm_answers
 from harness.tasks.base import Task
 from harness.tasks.registry import load_task
@@ -149,10 +149,11 @@ def suite_source(config: RunConfig, entry: Any) -> SourceConfig:
         UserError: they are nowhere, or the task is not what the run's head is for.
     """
     columns = _encoder_columns(config, entry) if isinstance(entry, EncoderTask) else dict(entry.columns)
-    split, files = next((s, f) for s, f in entry.data.items() if s.startswith(("validation", "dev", "test")))
+    split, files = next((s, f) for s, f in entry.data.items() if s.startswith(("val", "dev", "test")))
     data_dir = None if config.eval.data_dir is None else Path(config.eval.data_dir)
     hub = [*entry.hub, None, None]
-    local = SuiteTask(task=entry.task, data={split: files})
+    source = entry.source if isinstance(entry, VisualTask) else None
+    local = SuiteTask(task=entry.task, data={split: files}, source=source)
     described = {"dataset_path": hub[0], "dataset_name": hub[1]}
     found = find_files(entry.task, described, local, data_dir)
     if found is not None:

@@ -140,6 +140,7 @@ class VisualTask(_Strict):
         metrics: names that `harness.tasks.image_text.ImageText.score` knows, the reported one first.
         data: for each split, a file in ``eval.data_dir``; paths of images start in its folder.
         hub: hub id and configuration of the data set.
+        source: where the data come from, if not from the hub as they are.
     """
 
     task: str
@@ -147,6 +148,7 @@ class VisualTask(_Strict):
     metrics: tuple[Literal[VISUAL_METRICS], ...]  # type: ignore[valid-type]
     data: dict[str, str | list[str]]
     hub: tuple[str, ...] = ()
+    source: str | None = None
 
 
 class DialogueTask(_Strict):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests.cluster.nodes import Driver, add_node, cluster_of, gone, steps
@@ -18,6 +19,7 @@ from tests.gangs import KILLS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 + 120 * KILLS)]
 Configured = Callable[..., Path]
+Undisturbed = Callable[[Any, dict[str, Any]], tuple[Path, float]]
 TRAINING = {"training": 1.0}
 
 
@@ -30,18 +32,35 @@ def fault_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
     return cluster_config
 
 
-def assert_equal_runs(runs: Path, left: str, right: str) -> None:
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The run that others are compared with, made once, on the cluster of the test that comes first; its seconds."""
+    folder, seconds = tmp_path_factory.mktemp("undisturbed"), []
+
+    def made(cluster: Any, content: dict[str, Any]) -> tuple[Path, float]:
+        if not seconds:
+            config = folder / "undisturbed.yaml"
+            config.write_text(yaml.safe_dump({**content, "name": "undisturbed", "output_dir": str(folder)}))
+            began = time.monotonic()
+            Driver(config, cluster.address, folder / "log").finish()
+            seconds.append(time.monotonic() - began)
+        return folder / "undisturbed", seconds[0]
+
+    return made
+
+
+def assert_equal_runs(left: Path, right: Path) -> None:
     """The same adapter, merged model and metrics, bit for bit but for the times."""
     for file in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
-        first, second = load_file(runs / left / file), load_file(runs / right / file)
+        first, second = load_file(left / file), load_file(right / file)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first)
     lines = [
         [
             {key: value for key, value in json.loads(line).items() if key != "seconds"}
-            for line in (runs / name / "metrics.jsonl").read_text().splitlines()
+            for line in (run / "metrics.jsonl").read_text().splitlines()
         ]
-        for name in (left, right)
+        for run in (left, right)
     ]
     assert lines[0] == lines[1]
 
@@ -52,10 +71,12 @@ def next_checkpoint(driver: Driver, run: Path, last: int) -> int | None:
     return None if found is None else found[-1]
 
 
-def test_a_worker_is_killed(fault_config: dict[str, Any], configured: Configured, tmp_path: Path) -> None:
+def test_a_worker_is_killed(
+    fault_config: dict[str, Any], configured: Configured, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     moments, runs = random.Random(0), tmp_path / "runs"
     with cluster_of([TRAINING, TRAINING]) as cluster:
-        Driver(configured(fault_config, "undisturbed"), cluster.address, tmp_path / "log").finish()
+        whole, _ = undisturbed(cluster, fault_config)
         driver = Driver(configured(fault_config, "killed"), cluster.address, tmp_path / "killed.log")
         hits, last = 0, 0
         while hits < KILLS and (step := next_checkpoint(driver, runs / "killed", last)) is not None:
@@ -68,14 +89,16 @@ def test_a_worker_is_killed(fault_config: dict[str, Any], configured: Configured
             hits, last = hits + 1, step
         log = driver.finish()
     assert hits == KILLS and log.count("beginning again") >= KILLS
-    assert_equal_runs(runs, "undisturbed", "killed")
+    assert_equal_runs(whole, runs / "killed")
 
 
-def test_a_node_is_killed(fault_config: dict[str, Any], configured: Configured, tmp_path: Path) -> None:
+def test_a_node_is_killed(
+    fault_config: dict[str, Any], configured: Configured, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     """Three nodes for two ranks: the third takes over, and a new one joins after each loss."""
     moments, runs = random.Random(1), tmp_path / "runs"
     with cluster_of([{}, TRAINING, TRAINING, TRAINING]) as cluster:
-        Driver(configured(fault_config, "undisturbed"), cluster.address, tmp_path / "log").finish()
+        whole, _ = undisturbed(cluster, fault_config)
         driver = Driver(configured(fault_config, "killed"), cluster.address, tmp_path / "killed.log")
         hits, last = 0, 0
         while hits < KILLS and (step := next_checkpoint(driver, runs / "killed", last)) is not None:
@@ -90,16 +113,17 @@ def test_a_node_is_killed(fault_config: dict[str, Any], configured: Configured, 
             hits, last = hits + 1, step
         log = driver.finish()
     assert hits == KILLS and log.count("beginning again") >= KILLS
-    assert_equal_runs(runs, "undisturbed", "killed")
+    assert_equal_runs(whole, runs / "killed")
 
 
-def test_the_driver_is_killed(fault_config: dict[str, Any], configured: Configured, tmp_path: Path) -> None:
+def test_the_driver_is_killed(
+    fault_config: dict[str, Any], configured: Configured, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     """Its workers end by themselves, and the same command goes on: half of the hits fall anywhere, half in training."""
     moments, runs = random.Random(2), tmp_path / "runs"
     with cluster_of([TRAINING, TRAINING]) as cluster:
-        began = time.monotonic()
-        Driver(configured(fault_config, "undisturbed"), cluster.address, tmp_path / "log").finish()
-        duration, last = time.monotonic() - began, 0
+        whole, duration = undisturbed(cluster, fault_config)
+        last = 0
         config = configured(fault_config, "killed")
         for number in range(KILLS):
             driver = Driver(config, cluster.address, tmp_path / f"killed-{number}.log")
@@ -112,15 +136,18 @@ def test_the_driver_is_killed(fault_config: dict[str, Any], configured: Configur
             driver.process.wait()
             assert gone(workers)
         Driver(config, cluster.address, tmp_path / "killed.log").finish()
-    assert_equal_runs(runs, "undisturbed", "killed")
+    assert_equal_runs(whole, runs / "killed")
 
 
 def test_the_head_is_killed(
-    fault_config: dict[str, Any], configured: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault_config: dict[str, Any],
+    configured: Configured,
+    undisturbed: Undisturbed,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The whole cluster goes with its head; a new one takes the run up."""
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "10")  # Ray gives a lost head a minute
-    fault_config["train"] |= {"max_steps": 48}
     runs, config = tmp_path / "runs", configured(fault_config, "killed")
     with cluster_of([TRAINING, TRAINING]) as cluster:
         driver = Driver(config, cluster.address, tmp_path / "killed.log")
@@ -131,9 +158,9 @@ def test_the_head_is_killed(
         assert driver.process.returncode != 0
         assert gone(workers)
     with cluster_of([TRAINING, TRAINING]) as cluster:
-        Driver(configured(fault_config, "undisturbed"), cluster.address, tmp_path / "log").finish()
+        whole, _ = undisturbed(cluster, fault_config)
         Driver(config, cluster.address, tmp_path / "again.log").finish()
-    assert_equal_runs(runs, "undisturbed", "killed")
+    assert_equal_runs(whole, runs / "killed")
 
 
 def test_fewer_ranks_or_waiting(fault_config: dict[str, Any], configured: Configured, tmp_path: Path) -> None:

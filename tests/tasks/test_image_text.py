@@ -926,10 +926,13 @@ def test_scores_of_answers(task: ImageText) -> None:
     assert (shown.question, shown.expected, shown.answer) == ("Q", "two | 2", "3")
 
 
+VISUAL_TASKS = ["vqav2", "gqa", "vizwiz", "textvqa", "scienceqa", "mmbench", "mmbench_cn", "pope"]
+
+
 def test_the_visual_suite() -> None:
     suite = read_suites()["visual"]
     assert suite.kind == "visual"
-    assert suite.names == ["vqav2", "scienceqa", "mmbench", "pope"]
+    assert suite.names == VISUAL_TASKS
     with pytest.raises(UserError, match=r"'visual' is for models that read images \(task: image_text\)"):
         expand(["visual"])
 
@@ -944,7 +947,7 @@ def samples(make: Any) -> Iterator[Callable[[str], Any]]:
     yield lambda name: found[name]
 
 
-@pytest.mark.parametrize("name", ["vqav2", "scienceqa", "mmbench", "pope"])
+@pytest.mark.parametrize("name", VISUAL_TASKS)
 def test_right_answers_to_the_samples_score_one(samples: Callable[[str], Any], name: str) -> None:
     question = samples(name)
     asked = question.asked
@@ -958,6 +961,12 @@ def test_right_answers_to_the_samples_score_one(samples: Callable[[str], Any], n
     assert wrong.value < 0.7
     if question.metrics[0] == "multiple_choice":
         assert "\nA. " in asked[0].prompt and asked[0].prompt.endswith("directly.")
+
+
+def test_what_the_hub_has_in_two_parts_is_named_where_it_is_missing(make: Any, tmp_path: Path) -> None:
+    config = make(eval={"task": ["gqa"], "data_dir": str(tmp_path), "backend": "hf"})
+    with pytest.raises(UserError, match=r"'gqa' has no data: .*lmms-lab/GQA, joined as docs/llava.md shows, save it"):
+        preflight.check(config)
 
 
 def test_entries_of_visual_suites_are_validated() -> None:

@@ -371,22 +371,29 @@ def test_right_answers_to_the_samples_score_one_and_wrong_ones_less() -> None:
             vqa_accuracy(row["multiple_choice_answer"], given) == exact_match(row["multiple_choice_answer"], given) == 1
         )
         assert vqa_accuracy("no idea", given) == 0
+    for row in sample("gqa", "testdev"):
+        assert exact_match(row["answer"], [row["answer"]]) == 1
+    for task, split in (("vizwiz", "val"), ("textvqa", "validation")):
+        for row in sample(task, split):
+            assert len(row["answers"]) == 10
+            assert vqa_accuracy(max(row["answers"], key=row["answers"].count), row["answers"]) == 1
+    assert {row["category"] for row in sample("vizwiz", "val")} == {"other", "unanswerable"}
     science = sample("scienceqa", "test")
     assert sum(row["image"] is None for row in science) == 5
     for row in science:
         for i, text in enumerate(row["choices"]):
             assert multiple_choice("ABCDE"[i], row["choices"], row["answer"]) == float(i == row["answer"])
             assert multiple_choice(text, row["choices"], row["answer"]) == float(i == row["answer"])
-    bench = sample("mmbench", "dev")
-    questions = [row["index"] % 10**6 for row in bench]
-    assert Counter(questions) == dict.fromkeys(range(5), 4)
-    for always, expected in ((False, 1.0), (True, 0.0)):
-        letters = ["A" if always else row["answer"] for row in bench]
-        scores = [
-            multiple_choice(letter, [row[name] for name in "ABCD"], "ABCD".index(row["answer"]))
-            for letter, row in zip(letters, bench, strict=True)
-        ]
-        assert circular_accuracy(scores, questions) == expected
+    for bench in (sample("mmbench", "dev"), sample("mmbench_cn", "dev")):
+        questions = [row["index"] % 10**6 for row in bench]
+        assert Counter(questions) == dict.fromkeys(range(5), 4)
+        for always, expected in ((False, 1.0), (True, 0.0)):
+            letters = ["A" if always else row["answer"] for row in bench]
+            scores = [
+                multiple_choice(letter, [row[name] for name in "ABCD"], "ABCD".index(row["answer"]))
+                for letter, row in zip(letters, bench, strict=True)
+            ]
+            assert circular_accuracy(scores, questions) == expected
     labels = [row["answer"] for row in sample("pope", "test")]
     assert pope(labels, labels) == {"accuracy": 1, "precision": 1, "recall": 1, "f1": 1, "yes_ratio": 0.5}
     assert pope(["Yes"] * 20, labels)["f1"] == pytest.approx(2 / 3)

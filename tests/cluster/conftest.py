@@ -14,16 +14,23 @@ from tests.cluster.nodes import cluster_of
 from tests.evaluation.conftest import LocalTasks, local_tasks  # noqa: F401 — a fixture, found by its name
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def one_cluster_at_a_time() -> Iterator[None]:
-    """Two test processes must not have clusters on one machine at the same time: Ray's processes find the other's."""
-    with (Path(tempfile.gettempdir()) / "palimpsest-tests-ray.lock").open("w") as file:
+    """For every module that starts Ray: its processes would find those of another test process on this machine.
+
+    Ray's workers are as important here as the tests that run beside them; by default they step back behind all others.
+    """
+    with (
+        (Path(tempfile.gettempdir()) / "palimpsest-tests-ray.lock").open("w") as file,
+        pytest.MonkeyPatch.context() as m,
+    ):
+        m.setenv("RAY_worker_niceness", "0")
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 @pytest.fixture(scope="module")
-def three_nodes() -> Iterator[Any]:
+def three_nodes(one_cluster_at_a_time: None) -> Iterator[Any]:
     """A head and two nodes of one CPU each; the first two train, the third evaluates."""
     with cluster_of([{"training": 1}, {"training": 1}, {"evaluation": 1}]) as cluster:
         yield cluster

@@ -17,7 +17,11 @@ from safetensors.torch import load_file
 from tests.cluster.nodes import Driver, add_node, cluster_of, gone, steps
 from tests.gangs import KILLS
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 + 120 * KILLS)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_cluster_at_a_time"),
+    pytest.mark.timeout(600 + 120 * KILLS),
+]
 Configured = Callable[..., Path]
 Undisturbed = Callable[[Any, dict[str, Any]], tuple[Path, float]]
 TRAINING = {"training": 1.0}

@@ -22,7 +22,7 @@ from harness.files import read_json
 from tests.cluster.nodes import HARNESS, WAIT_SECONDS, Driver, cluster_of
 from tests.conftest import run_gang
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_cluster_at_a_time"), pytest.mark.timeout(900)]
 Configured = Callable[..., Path]
 # What drivers say where gRPC has crashed beside a fork of Ray Client's server, as it may on a busy machine.
 CRASHES = (CLIENT_CRASH, "Client is shutting down.")

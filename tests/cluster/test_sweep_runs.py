@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from harness.cluster.sweep_process import HEADER
 from tests.gangs import KILLS
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_cluster_at_a_time"), pytest.mark.timeout(1800)]
 HARNESS = str(Path(sys.executable).parent / "harness")
 WAIT_SECONDS = 900.0
 

@@ -129,7 +129,8 @@ def test_order_of_input_channels_is_irrelevant(shape: tuple[int, int], mode: str
     order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(1))
     B, A, plain = factors(W, C, 16, mode)
     B_permuted, A_permuted, permuted = factors(W[:, order], C[order][:, order], 16, mode)
-    assert relative(permuted.sigma, plain.sigma) <= 1e-8  # about √ε of σ₁: what a Gram matrix leaves of the smallest
+    # In the wider problem, about √ε of σ₁: what a Gram matrix leaves of the smallest.
+    assert relative(permuted.sigma, plain.sigma) <= (1e-9 if min(shape) == 256 else 1e-8)
     assert relative(B_permuted @ A_permuted, (B @ A)[:, order]) <= 1e-7
 
 
